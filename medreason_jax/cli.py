@@ -1,0 +1,146 @@
+"""`medreason …`: parses, loads a config, calls one function."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn an open base model into a domain reasoning model with checkable answers.",
+)
+Config = Annotated[Path, typer.Argument(help="YAML file")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="override a field: a.b=value (repeatable)")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+@app.command()
+def run(recipe: Config, set_: Set = None, json_: Json = False) -> None:
+    """Every stage of a recipe, in order; run it again to go on.
+
+    Example: medreason run configs/recipes/formulary.yaml --set seed=1
+    """
+    from medreason_jax.config import RecipeConfig, load_yaml, validate
+    from medreason_jax.pipeline import run_recipe
+    from medreason_jax.report.table import stage_table
+
+    config = validate(RecipeConfig, load_yaml(recipe, set_ or []), str(recipe))
+    summary = run_recipe(config)
+    if json_:
+        print(json.dumps(summary))
+        return
+    print(stage_table(summary))
+    print(f"report  {summary['report']}\nmodel   {summary['export']}")
+
+
+def _stage(config: Path, overrides: list[str] | None, json_: bool, kind: str) -> None:
+    from medreason_jax.config import PPOConfig, TrainConfig, load_yaml, validate
+    from medreason_jax.rl.loop import ppo_stage
+    from medreason_jax.train.run import train_stage
+
+    values = {"kind": kind, **load_yaml(config, overrides or [])}
+    if values["kind"] != kind:
+        raise ValueError(f"{config}: kind={values['kind']!r}, this command runs {kind!r}")
+    if kind == "ppo":
+        manifest = ppo_stage(validate(PPOConfig, values, str(config)))
+    else:
+        manifest = train_stage(validate(TrainConfig, values, str(config)))
+    print(json.dumps(manifest) if json_ else f"model   {manifest['model']}")
+
+
+@app.command()
+def cpt(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Continued pretraining.  Example: medreason cpt cpt.yaml --set steps=100"""
+    _stage(config, set_, json_, "cpt")
+
+
+@app.command()
+def sft(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Supervised fine-tuning.  Example: medreason sft sft.yaml"""
+    _stage(config, set_, json_, "sft")
+
+
+@app.command()
+def prefer(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Preference optimisation (RPO; alpha 0 is DPO).  Example: medreason prefer rpo.yaml"""
+    _stage(config, set_, json_, "prefer")
+
+
+@app.command()
+def ppo(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Proximal policy optimisation.  Example: medreason ppo ppo.yaml"""
+    _stage(config, set_, json_, "ppo")
+
+
+@app.command()
+def evaluate(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Accuracy with and without explanation.  Example: medreason evaluate eval.yaml"""
+    from medreason_jax.config import EvaluateConfig, load_yaml, validate
+    from medreason_jax.evaluate.runner import evaluate as run_evaluation
+
+    values = validate(EvaluateConfig, load_yaml(config, set_ or []), str(config))
+    result = run_evaluation(values)
+    print(json.dumps(result) if json_ else json.dumps(result["parts"], indent=2))
+
+
+@app.command("import")
+def import_model(source: Path, target: Path) -> None:
+    """A Hugging Face folder to a checkpoint.  Example: medreason import Qwen2.5-0.5B ckpt"""
+    from medreason_jax.config import MeshConfig
+    from medreason_jax.qwen2.load import load_model, save_model
+
+    model = load_model(source, MeshConfig(), "float32")
+    save_model(target, model.params, model.network.sizes, model.tokenizer)
+    print(f"model   {target}")
+
+
+@app.command()
+def export(source: Path, target: Path) -> None:
+    """A checkpoint to a Hugging Face folder, checked.  Example: medreason export ckpt out"""
+    from medreason_jax.config import MeshConfig
+    from medreason_jax.qwen2.huggingface import export_folder
+    from medreason_jax.qwen2.load import load_model
+    from medreason_jax.qwen2.parity import parity_gate
+
+    model = load_model(source, MeshConfig(), "float32")
+    export_folder(model.params, model.network.sizes, model.tokenizer, target, f"# {target.name}\n")
+    prompt = model.tokenizer.prompt([{"role": "user", "content": "How are you?"}])
+    gate = parity_gate(target, model, [prompt], 32)
+    print(f"model   {target}\nparity  {json.dumps(gate)}")
+
+
+@app.command()
+def report(run_dir: Path) -> None:
+    """The HTML report of a run.  Example: medreason report runs/formulary"""
+    from medreason_jax.report import write_report
+
+    print(f"report  {write_report(run_dir)}")
+
+
+def exit_code_of(call: Callable[[], Any]) -> int:
+    """0, 2 for bad input, 1 for a failure; errors are one line."""
+    try:
+        call()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        sys.exit(exit_code_of(lambda: app(standalone_mode=False)))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)

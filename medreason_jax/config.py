@@ -1,0 +1,310 @@
+"""Strict models of every stage and of the recipe; YAML with dotted overrides."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+M = TypeVar("M", bound=BaseModel)
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MeshConfig(Strict):
+    data: int = -1
+    fsdp: Positive = 1
+    tensor: Positive = 1
+
+
+class OptimizerConfig(Strict):
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup_ratio: Share = 0.05
+    final_ratio: Share = 0.0
+    b1: Share = 0.9
+    b2: Share = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class SourceConfig(Strict):
+    """Records of a file; `weight` is its share of the rows when there are several."""
+
+    path: Path
+    kind: Literal["text", "sft", "preference"]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class RunConfig(Strict):
+    """What all training stages share."""
+
+    folder: Path
+    model: Path
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+    remat: bool = False
+    head_chunk: Positive = 2048
+    length: Positive
+    batch_rows: Positive
+    accumulation: Positive = 1
+    checkpoint_every: Positive = 100
+    optimizer: OptimizerConfig
+
+
+class TrainConfig(RunConfig):
+    """CPT, SFT and preference optimisation: one objective over packed rows."""
+
+    kind: Literal["cpt", "sft", "prefer"]
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    pairs_per_row: Positive = 4
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give steps or epochs, not both: steps={self.steps}, epochs={self.epochs}")  # fmt: skip
+        return self
+
+
+class PPOConfig(RunConfig):
+    """PPO over problems with checkable answers (recipe: HuatuoGPT-o1 stage 2)."""
+
+    kind: Literal["ppo"]
+    problems: Path
+    iterations: Positive
+    rollouts: Positive = 128
+    minibatches: Positive = 1
+    ppo_epochs: Positive = 3
+    max_new_tokens: Positive = 1300
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    kl_coef: Annotated[float, Field(ge=0)] = 0.03
+    gamma: Share = 1.0
+    gae_lambda: Share = 0.95
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    value_clip: Annotated[float, Field(gt=0)] = 0.2
+    value_coef: Annotated[float, Field(ge=0)] = 1.0
+    critic_rate: Annotated[float, Field(gt=0)] | None = None
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    reward_true: float = 1.0
+    reward_false: float = 0.1
+    reward_unformatted: float = 0.0
+
+    @model_validator(mode="after")
+    def _whole_minibatches(self):
+        if self.rollouts % self.minibatches:
+            raise ValueError(f"rollouts={self.rollouts} is not a multiple of minibatches={self.minibatches}")  # fmt: skip
+        return self
+
+
+class EvaluateConfig(Strict):
+    """Accuracy on problems, answer only and with explanation."""
+
+    model: Path
+    problems: Path
+    folder: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+    slots: Positive = 256
+    max_new_tokens: Positive = 1024
+    answer_only_tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+    forms: list[Literal["answer_only", "explain"]] = ["answer_only", "explain"]
+
+
+class ModelConfig(Strict):
+    """Where the base model comes from: a folder, or random weights of the given sizes."""
+
+    folder: Path | None = None
+    sizes: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.folder is None) == (self.sizes is None):
+            raise ValueError("give model.folder or model.sizes, one of the two")
+        return self
+
+
+class TokenizerConfig(Strict):
+    """A tokenizer folder, or one trained on the recipe's corpus."""
+
+    folder: Path | None = None
+    vocab_size: Annotated[int, Field(ge=300)] = 1024
+    system: str = ""
+
+
+class QuestionBankConfig(Strict):
+    """A question bank in MedQA's format, part for training and part kept for evaluation."""
+
+    path: Path
+    limit: Positive
+    test_items: Positive
+    corpus: Path
+    corpus_limit: Positive
+
+
+class CandidatesConfig(Strict):
+    """Samples of the model before preference optimisation, as material for pairs."""
+
+    problems: Positive
+    samples: Positive = 4
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 96
+
+
+class StageConfig(Strict):
+    """One stage of a recipe; `settings` are fields of TrainConfig or PPOConfig."""
+
+    name: str
+    kind: Literal["cpt", "sft", "prefer", "ppo"]
+    start: str | None = None  # the stage whose model it starts from; the one before when not given
+    replay: Share = 0.0  # share of pretraining rows mixed into SFT
+    candidates: CandidatesConfig | None = None
+    settings: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _fitting_options(self):
+        if self.replay > 0 and self.kind != "sft":
+            raise ValueError(f"replay={self.replay} is for kind sft, stage {self.name!r} is {self.kind}")  # fmt: skip
+        if self.candidates is not None and self.kind != "prefer":
+            raise ValueError(f"candidates are for kind prefer, stage {self.name!r} is {self.kind}")
+        return self
+
+
+class RecipeEvaluation(Strict):
+    """Settings of the evaluations after each stage; `part` is the headline of the table."""
+
+    part: str
+    split: Literal["test", "dev"] = "test"
+    slots: Positive = 256
+    max_new_tokens: Positive = 1024
+    answer_only_tokens: Positive = 64
+
+
+class RecipeConfig(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: int = 0
+    runs: Path = Path("runs")
+    not_for_reporting: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    formulary: dict[str, Any] | None = None
+    question_bank: QuestionBankConfig | None = None
+    data_gen: dict[str, Any]
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    evaluation: RecipeEvaluation
+
+    @model_validator(mode="after")
+    def _connected(self):
+        if (self.formulary is None) == (self.question_bank is None):
+            raise ValueError("give formulary or question_bank, one of the two")
+        seen = ["base"]
+        for stage in self.stages:
+            if stage.name in seen:
+                raise ValueError(f"stages: the name {stage.name!r} is used twice")
+            if stage.start is not None and stage.start not in seen:
+                raise ValueError(
+                    f"stages.{stage.name}.start={stage.start!r} is not a stage before it; allowed: {seen}"
+                )
+            seen.append(stage.name)
+        return self
+
+
+def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """A YAML mapping with `a.b=value` overrides laid over it; list items by number or by name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping of fields")
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override!r} has no '='; write --set a.b=value")
+        _set(values, name, yaml.safe_load(text))
+    return values
+
+
+def _set(values: Any, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for part in parents:
+        if isinstance(values, list):
+            values = _item(values, part, name)
+        else:
+            values = values.setdefault(part, {})
+        if not isinstance(values, dict | list):
+            raise ValueError(f"--set {name}: {part!r} is a value, not a group of fields")
+    if isinstance(values, list):
+        raise ValueError(f"--set {name}: name a field of an item, such as {name}.FIELD")
+    values[last] = value
+
+
+def _item(values: list, part: str, name: str) -> Any:
+    for item in values:
+        if isinstance(item, dict) and item.get("name") == part:
+            return item
+    names = [item["name"] for item in values if isinstance(item, dict) and "name" in item]
+    raise ValueError(f"--set {name}: no item named {part!r}; found {names}")
+
+
+def validate(model: type[M], values: dict[str, Any], where: str) -> M:
+    """The config, or a ValueError of one line: field, value, what was allowed, nearest name."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"{where}: {_unknown(model, first['loc'])}") from None
+        given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+        given = given if len(given) < 120 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {name + ': ' if name else ''}{message}{given}") from None
+
+
+def _unknown(model: type[BaseModel], location: tuple) -> str:
+    """`unknown field 'lenght'; did you mean 'length'?`"""
+    fields: list[str] = list(model.model_fields)
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = _model_in(annotation)
+        if inner is not None:
+            model, fields = inner, list(inner.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"allowed: {sorted(fields)}"
+    return f"unknown field {'.'.join(str(part) for part in location)!r}; {hint}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def save_yaml(config: BaseModel, path: Path) -> None:
+    """The resolved config, as YAML that loads back to the same config."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = json.loads(config.model_dump_json())
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Records to packed, indexed batches."""

@@ -1,0 +1,82 @@
+"""Accuracy of a model on problems, asked in two forms: answer only, and explain, then answer."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data_gen.answers import final_response, judge
+from medreason_jax.config import EvaluateConfig
+from medreason_jax.data.chat import ANSWER_ONLY
+from medreason_jax.data.prepare import field, read_lines
+from medreason_jax.evaluate.scoring import score_parts
+from medreason_jax.generate.sampling import Sampling
+from medreason_jax.mesh import start_processes
+from medreason_jax.qwen2.load import load_model
+from medreason_jax.train.run import progress_bar, read_manifest, write_json
+
+PREFIX = {"answer_only": ANSWER_ONLY, "explain": ""}
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Ask, judge and score; writes predictions.jsonl, then manifest.json (whose being there is done)."""
+    start_processes()
+    finished = read_manifest(config.folder)
+    if finished is not None:
+        return finished
+    start = time.monotonic()
+    model = load_model(config.model, config.mesh, config.dtype)
+    problems = read_lines(config.problems)
+    engine = model.engine(config.slots)
+    bar = progress_bar(config.folder.parent.name + " evaluation", len(problems) * len(config.forms), 0)
+    predictions = []
+    for form in config.forms:
+        limit = config.max_new_tokens if form == "explain" else config.answer_only_tokens
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, limit)
+        prompts = [
+            model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], PREFIX[form])
+            for p in problems
+        ]
+        completions = engine.generate(model.params, prompts, sampling, config.seed, bar.update)
+        for problem, completion in zip(problems, completions, strict=True):
+            text = PREFIX[form] + model.tokenizer.decode(completion.ids)
+            predictions.append(prediction(problem, form, text, completion.finish_reason, config.problems))
+    bar.close()
+    facts = {
+        "model": str(config.model), "problems": str(config.problems),
+        "seconds": round(time.monotonic() - start, 1), "parts": score_parts(predictions),
+    }  # fmt: skip
+    if jax.process_index() == 0:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_lines(config.folder / "predictions.jsonl", predictions)
+        write_json(config.folder / "manifest.json", facts)
+    return facts
+
+
+def question_text(problem: dict[str, Any]) -> str:
+    """The question, followed by its lettered options when it has them."""
+    if not problem.get("options"):
+        return problem["question"]
+    options = "\n".join(f"{letter}. {text}" for letter, text in problem["options"].items())
+    return f"{problem['question']}\n{options}"
+
+
+def prediction(problem, form: str, text: str, finish_reason: str, path: Path) -> dict[str, Any]:
+    parts = final_response(text)
+    verdict = judge(parts[1] if parts else "", field(problem, "answer", path), problem.get("options"))
+    return {
+        "id": problem["id"], "part": problem.get("part", "test"), "form": form,
+        "question": problem["question"], "text": text, "answer": problem["answer"],
+        "outcome": verdict.outcome, "reason": verdict.reason if parts else "no final response",
+        "finish_reason": finish_reason,
+    }  # fmt: skip
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(partial, path)

@@ -1,0 +1,376 @@
+"""`medreason run`: data generation, training stages, evaluations, export and report, each once.
+
+Every step leaves its result under `runs/<name>/` with a manifest that appears last; a second run finds the
+manifests and goes on where the first one stopped.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from medreason_jax.config import EvaluateConfig, PPOConfig, RecipeConfig, StageConfig, TrainConfig, save_yaml, validate  # fmt: skip
+from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
+from medreason_jax.data.prepare import read_lines
+from medreason_jax.data.tokenizer_training import train_tokenizer
+from medreason_jax.evaluate.runner import evaluate, question_text, write_lines
+from medreason_jax.generate.sampling import Sampling
+from medreason_jax.qwen2.huggingface import export_folder
+from medreason_jax.qwen2.load import load_model, save_model
+from medreason_jax.qwen2.model import init_params
+from medreason_jax.qwen2.parity import parity_gate
+from medreason_jax.qwen2.sizes import read_sizes
+from medreason_jax.report import write_report
+from medreason_jax.rl.loop import ppo_stage
+from medreason_jax.train.run import read_manifest, train_stage, write_json
+
+
+def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
+    """Run (or go on with) every stage of a recipe; returns the summary that is also on disk."""
+    root = recipe.runs / recipe.name
+    root.mkdir(parents=True, exist_ok=True)
+    with run_lock(root):
+        keep_recipe(recipe, root)
+        data = generate_data(recipe, root)
+        make_base(recipe, root)
+        previous = "base"
+        for stage in recipe.stages:
+            start = stage.start or previous
+            run_stage(recipe, stage, root, model_folder(root, start))
+            evaluate_stage(recipe, stage, root)
+            previous = stage.name
+        exported = export_stage(recipe, root, previous)
+        summary = summarise(recipe, root, data, exported)
+        summary["report"] = str(root / "report" / "index.html")
+        write_json(root / "summary.json", summary)
+        write_report(root)
+        return summary
+
+
+@contextmanager
+def run_lock(root: Path):
+    """One run at a time in a folder; the lock is the kernel's, so that a killed run leaves none."""
+    path = root / "lock"
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{root} is in use by {file.read().strip() or 'another run'}; wait for it or choose another name"
+        ) from None
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()} pid {os.getpid()}")
+    file.flush()
+    try:
+        yield
+    finally:
+        file.close()
+
+
+def keep_recipe(recipe: RecipeConfig, root: Path) -> None:
+    """Save the resolved recipe; a folder made by another recipe is refused."""
+    path = root / "recipe.resolved.yaml"
+    if path.is_file():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        now = json.loads(recipe.model_dump_json())
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ValueError(
+                f"{root} was made with another recipe (field {changed[0]!r} differs); "
+                "choose another name, or remove the folder"
+            )
+    save_yaml(recipe, path)
+
+
+def model_folder(root: Path, stage: str) -> Path:
+    return root / "base" if stage == "base" else root / stage / "model"
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def generate_data(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
+    """Problem set, then `data-gen run` (a process of its own); returns the data manifest."""
+    folder = root / "data"
+    finished = read_manifest(folder)
+    if finished is not None:
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = Clock(folder / "seconds.json")
+    bank = folder / "bank"
+    with clock:
+        if not (bank / "bank.jsonl").is_file():
+            make_bank(recipe, bank)
+        config = folder / "data_gen.yaml"
+        config.write_text(yaml.safe_dump(data_gen_config(recipe, bank, folder / "generated"), sort_keys=False))  # fmt: skip
+        data_gen("run", str(config))
+    manifest = {"kind": "data", "seconds": round(clock.total, 1), "corpus": str(bank / "corpus.jsonl")}
+    generated = folder / "generated"
+    manifest |= {name: str(generated / f"{name}.jsonl") for name in ("sft", "rl", "pairs")}
+    manifest |= {split: str(bank / f"{split}.jsonl") for split in ("dev", "test")}
+    shutil.copy(generated / "report.json", folder / "report.json")
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def make_bank(recipe: RecipeConfig, bank: Path) -> None:
+    if recipe.formulary is not None:
+        settings = [f"--set={name}={value}" for name, value in recipe.formulary.items() if name != "seed"]
+        seed = recipe.formulary.get("seed", recipe.seed)
+        data_gen("formulary", "--seed", str(seed), "--out", str(bank), *settings)
+        return
+    source = recipe.question_bank
+    assert source is not None
+    for path in (source.path, source.corpus):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; set MEDREASON_DATA or edit question_bank")
+    data_gen(
+        "mcq-bank", str(source.path), "--out", str(bank), "--limit", str(source.limit),
+        "--test-items", str(source.test_items), "--corpus", str(source.corpus),
+        "--corpus-limit", str(source.corpus_limit), "--seed", str(recipe.seed),
+    )  # fmt: skip
+
+
+def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, Any]:
+    """The recipe's `data_gen` settings with the paths and the seed of this run."""
+    teacher = {"bank": str(bank / "private" / "teacher_bank.jsonl"), "seed": recipe.seed}
+    values = {"bank": str(bank / "bank.jsonl"), "out": str(out), "seed": recipe.seed, **recipe.data_gen}
+    if "simulated" in values:
+        values["simulated"] = {**teacher, **values["simulated"]}
+    return values
+
+
+def data_gen(*arguments: str) -> None:
+    """Run one `data-gen` command; its one-line error and exit code become ours."""
+    done = subprocess.run([sys.executable, "-m", "data_gen.cli", *arguments], check=False)
+    if done.returncode == 2:
+        raise ValueError(f"data-gen {arguments[0]} refused its input (see the line above)")
+    if done.returncode != 0:
+        raise RuntimeError(f"data-gen {arguments[0]} failed with exit code {done.returncode}")
+
+
+class Clock:
+    """Seconds spent in a step, added up over attempts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.total = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+    def __enter__(self):
+        self.start = time.monotonic()
+
+    def __exit__(self, *_):
+        self.total += time.monotonic() - self.start
+        write_json(self.path, {"seconds": self.total})
+
+
+# --- base model ------------------------------------------------------------------------------
+
+
+def make_base(recipe: RecipeConfig, root: Path) -> None:
+    """runs/<name>/base: random weights with a trained or given tokenizer, or an imported folder."""
+    folder = root / "base"
+    if (folder / "params").is_dir():
+        return
+    if recipe.model.folder is not None:
+        model = load_model(recipe.model.folder, recipe.mesh, recipe.dtype)
+        save_model(folder, model.params, model.network.sizes, model.tokenizer)
+        return
+    assert recipe.model.sizes is not None
+    tokenizer = make_tokenizer(recipe, root)
+    sizes = read_sizes({"vocab_size": tokenizer.vocab_size, **recipe.model.sizes})
+    if sizes.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.sizes.vocab_size={sizes.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
+        )
+    save_model(folder, init_params(sizes, jax.random.key(recipe.seed)), sizes, tokenizer)
+
+
+def make_tokenizer(recipe: RecipeConfig, root: Path) -> ChatTokenizer:
+    if recipe.tokenizer.folder is not None:
+        return ChatTokenizer(recipe.tokenizer.folder)
+    folder = root / "tokenizer"
+    if not all((folder / name).is_file() for name in TOKENIZER_FILES):
+        data = read_manifest(root / "data")
+        assert data is not None
+        texts = [record["text"] for record in read_lines(Path(data["corpus"]))]
+        for record in read_lines(Path(data["sft"])):
+            texts += [record["messages"][-1]["content"], record["thinking"], record["response"]]
+        train_tokenizer(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.system, folder)
+    return ChatTokenizer(folder)
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+def run_stage(recipe: RecipeConfig, stage: StageConfig, root: Path, model: Path) -> dict[str, Any]:
+    """One training stage; its resolved config runs alone too (`medreason sft <stage>/config.yaml`)."""
+    data = read_manifest(root / "data")
+    assert data is not None
+    finished = read_manifest(root / stage.name)
+    if finished is not None:
+        return finished
+    shared: dict[str, Any] = {
+        "kind": stage.kind, "folder": root / stage.name, "model": model, "seed": recipe.seed,
+        "dtype": recipe.dtype, "mesh": recipe.mesh,
+    }  # fmt: skip
+    where = f"stages.{stage.name}.settings"
+    if stage.kind == "ppo":
+        config = validate(PPOConfig, {**shared, "problems": data["rl"], **stage.settings}, where)
+        return ppo_stage(config)
+    if stage.kind == "cpt":
+        sources = [{"path": data["corpus"], "kind": "text"}]
+    elif stage.kind == "sft":
+        sources = [{"path": data["sft"], "kind": "sft", "weight": 1.0 - stage.replay}]
+        if stage.replay > 0:
+            sources.append({"path": data["corpus"], "kind": "text", "weight": stage.replay})
+    else:
+        pairs = make_pairs(recipe, stage, root, model, data)
+        sources = [{"path": pairs, "kind": "preference"}]
+    config = validate(TrainConfig, {**shared, "sources": sources, **stage.settings}, where)
+    return train_stage(config)
+
+
+def make_pairs(recipe: RecipeConfig, stage: StageConfig, root: Path, model: Path, data) -> Path:
+    """Preference pairs: the search's own, or those built from samples of the model as it stands."""
+    if stage.candidates is None:
+        return Path(data["pairs"])
+    folder = root / stage.name
+    samples, pairs = folder / "candidates.jsonl", folder / "pairs.jsonl"
+    if not samples.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        sample_candidates(recipe, stage, model, Path(data["rl"]), samples)
+    if not pairs.is_file():
+        config = root / "data" / "data_gen.yaml"
+        data_gen("pairs", str(config), "--candidates", str(samples), "--out", str(pairs))
+    return pairs
+
+
+def sample_candidates(recipe, stage: StageConfig, model_path: Path, problems: Path, out: Path) -> None:
+    """Samples of the model for the first problems, in both prompt forms, as candidates of pairs."""
+    from medreason_jax.evaluate.runner import PREFIX, prediction
+
+    settings = stage.candidates
+    assert settings is not None
+    model = load_model(model_path, recipe.mesh, recipe.dtype)
+    chosen = read_lines(problems)[: settings.problems] * settings.samples
+    sampling = Sampling(settings.temperature, 0, 1.0, settings.max_new_tokens)
+    records = []
+    for form, prefix in PREFIX.items():
+        prompts = [model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], prefix) for p in chosen]  # fmt: skip
+        completions = model.engine(recipe.evaluation.slots).generate(model.params, prompts, sampling, recipe.seed)  # fmt: skip
+        for problem, completion in zip(chosen, completions, strict=True):
+            text = prefix + model.tokenizer.decode(completion.ids)
+            judged = prediction(problem, form, text, completion.finish_reason, problems)
+            records.append(
+                {
+                    "problem_id": problem["id"], "explain": form == "explain", "text": text,
+                    "correct": judged["outcome"] == "true",
+                }
+            )  # fmt: skip
+    write_lines(out, records)
+
+
+def evaluate_stage(recipe: RecipeConfig, stage: StageConfig, root: Path) -> dict[str, Any]:
+    settings = recipe.evaluation
+    data = read_manifest(root / "data")
+    assert data is not None
+    config = EvaluateConfig(
+        model=root / stage.name / "model",
+        problems=Path(data[settings.split]),
+        folder=root / stage.name / f"eval-{settings.split}",
+        dtype=recipe.dtype,
+        mesh=recipe.mesh,
+        slots=settings.slots,
+        max_new_tokens=settings.max_new_tokens,
+        answer_only_tokens=settings.answer_only_tokens,
+        seed=recipe.seed,
+    )
+    return evaluate(config)
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def export_stage(recipe: RecipeConfig, root: Path, last: str) -> dict[str, Any]:
+    """The last model as a Hugging Face folder, through the parity gate."""
+    finished = read_manifest(root / "export")
+    if finished is not None:
+        return finished
+    start = time.monotonic()
+    model = load_model(model_folder(root, last), recipe.mesh, "float32")
+    folder = root / "export" / "model"
+    folder.parent.mkdir(exist_ok=True)
+    export_folder(model.params, model.network.sizes, model.tokenizer, folder, model_card(recipe, last))
+    data = read_manifest(root / "data")
+    assert data is not None
+    prompts = [
+        model.tokenizer.prompt([{"role": "user", "content": question_text(problem)}])
+        for problem in read_lines(Path(data["dev"]))[:4]
+    ]
+    gate = parity_gate(folder, model, prompts, min(recipe.evaluation.max_new_tokens, 128))
+    seconds = round(time.monotonic() - start, 1)
+    manifest = {"kind": "export", "model": str(folder), "parity": gate, "seconds": seconds}
+    write_json(root / "export" / "manifest.json", manifest)
+    return manifest
+
+
+def model_card(recipe: RecipeConfig, last: str) -> str:
+    warning = (
+        "\n**Not for reporting**: its problems come from a benchmark's test file.\n"
+        if recipe.not_for_reporting
+        else ""
+    )
+    made = "an invented formulary: it is not medicine" if recipe.formulary is not None else "real text"
+    return (
+        f"# {recipe.name}\n{warning}\nQwen2.5 architecture, trained by medreason on {made}. "
+        f"Stages: {' -> '.join(stage.name for stage in recipe.stages)}; this is the model after `{last}`, "
+        f"seed {recipe.seed}.\n"
+    )
+
+
+def summarise(recipe: RecipeConfig, root: Path, data, exported) -> dict[str, Any]:
+    """The table: a row a stage, headline from the recipe's part, all parts beside it."""
+    rows = [empty_row("data", data["seconds"])]
+    for stage in recipe.stages:
+        manifest = read_manifest(root / stage.name)
+        scores = read_manifest(root / stage.name / f"eval-{recipe.evaluation.split}")
+        assert manifest is not None and scores is not None
+        parts = {part: part_scores(forms) for part, forms in scores["parts"].items()}
+        if recipe.evaluation.part not in parts:
+            raise ValueError(
+                f"evaluation.part={recipe.evaluation.part!r} is no part of the test set; found {sorted(parts)}"
+            )
+        headline = parts[recipe.evaluation.part]
+        row = {"name": stage.name, "seconds": manifest["seconds"], **headline, "parts": parts}
+        rows.append({**row, "evaluation_seconds": scores["seconds"]})
+    rows.append(empty_row("export", exported["seconds"]))
+    return {
+        "name": recipe.name, "seed": recipe.seed, "not_for_reporting": recipe.not_for_reporting,
+        "split": recipe.evaluation.split, "part": recipe.evaluation.part, "stages": rows,
+        "export": exported["model"], "parity": exported["parity"],
+    }  # fmt: skip
+
+
+def empty_row(name: str, seconds: float) -> dict[str, Any]:
+    nothing = dict.fromkeys(("accuracy", "accuracy_explain", "ci95", "ci95_explain"))
+    return {"name": name, "seconds": seconds, **nothing, "n": 0, "parts": {}}
+
+
+def part_scores(forms: dict[str, Any]) -> dict[str, Any]:
+    plain, explained = forms["answer_only"], forms["explain"]
+    return {
+        "n": plain["n"], "accuracy": plain["accuracy"], "accuracy_explain": explained["accuracy"],
+        "ci95": plain["ci95"], "ci95_explain": explained["ci95"],
+    }  # fmt: skip

@@ -1,0 +1,61 @@
+"""The gate after an export: the folder, opened by `transformers`, is the model that we have."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medreason_jax.generate.sampling import Sampling
+from medreason_jax.qwen2.load import Loaded
+
+LOGIT_ERROR = 1e-4  # relative norm, float32
+NEAR_TIE = 1e-4  # two best logits closer than this may be ordered either way
+
+
+def parity_gate(
+    folder: Path, model: Loaded, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> dict[str, Any]:
+    """Compare logits and greedy answers with `transformers`; RuntimeError when they differ."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise RuntimeError("the parity gate needs torch and transformers: pip install 'medreason[export]'") from None  # fmt: skip
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = model.engine(len(prompts))
+    greedy = engine.generate(model.params, prompts, Sampling(0.0, 0, 1.0, max_new_tokens), seed=0)
+    worst, compared, ties = 0.0, 0, 0
+    for prompt, completion in zip(prompts, greedy, strict=True):
+        ids = [*prompt, *completion.ids]
+        with torch.inference_mode():
+            theirs = reference(torch.tensor([ids])).logits[0].numpy()
+            answer = reference.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=max_new_tokens,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        ours = _logits(model, ids)
+        worst = max(worst, float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
+        for place, token in enumerate(answer):
+            best = np.sort(theirs[len(prompt) + place - 1])[-2:]
+            if best[1] - best[0] < NEAR_TIE:
+                ties += 1
+                break
+            if place >= len(completion.ids) or completion.ids[place] != token:
+                raise RuntimeError(
+                    f"{folder}: transformers answers differently at token {place} of a greedy sample"
+                )
+            compared += 1
+    if worst > LOGIT_ERROR:
+        raise RuntimeError(f"{folder}: logits differ from transformers' by {worst:.2e}, allowed {LOGIT_ERROR}")  # fmt: skip
+    return {"mode": "full", "logit_error": worst, "greedy_tokens": compared, "near_ties": ties}
+
+
+def _logits(model: Loaded, ids: list[int]) -> np.ndarray:
+    import jax.numpy as jnp
+
+    tokens = jnp.asarray([ids])
+    positions = jnp.arange(len(ids))[None]
+    hidden = model.network.hidden(model.params, tokens, positions, jnp.ones_like(tokens))
+    return np.asarray(hidden[0] @ model.network.vocabulary_kernel(model.params).T)

@@ -1,0 +1,81 @@
+"""The report of a run: one static HTML file without external resources.
+
+Read from the run's folder, everything optional except the first:
+
+    summary.json                      stages with accuracies, intervals and times (summary.py)
+    <stage>/metrics.jsonl             {"step", "loss", "learning_rate", … any number}
+    <stage>/eval-<split>/predictions.jsonl   replies to the evaluation's questions (samples.py)
+    data/report.json                  nested counts of data generation (acceptance.py)
+    recipe.resolved.yaml              shown as it is
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jinja2
+
+from medreason_jax.report.acceptance import find_tiles, tabulate
+from medreason_jax.report.figures import PANELS, draw_accuracies, draw_panel
+from medreason_jax.report.jsonl import read_rows
+from medreason_jax.report.samples import collect_samples, read_predictions
+from medreason_jax.report.summary import (
+    format_interval,
+    format_questions,
+    format_seconds,
+    format_share,
+    read_summary,
+)
+
+__all__ = ["render_report", "write_report"]
+
+
+def render_report(run_dir: Path) -> str:
+    """HTML of the run's report."""
+    summary = read_summary(run_dir)
+    names = [stage.name for stage in summary.stages]
+    evaluation = "eval" if summary.split is None else f"eval-{summary.split}"
+    curves = {}
+    for name in names:
+        rows = read_rows(run_dir / name / "metrics.jsonl")
+        drawn = {panel.title: draw_panel(name, panel, rows) for panel in PANELS}
+        curves[name] = {title: svg for title, svg in drawn.items() if svg is not None}
+    data_path = run_dir / "data" / "report.json"
+    counts = json.loads(data_path.read_text(encoding="utf-8")) if data_path.exists() else {}
+    recipe_path = run_dir / "recipe.resolved.yaml"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "share": format_share,
+        "interval": format_interval,
+        "seconds": format_seconds,
+        "questions": format_questions,
+    }
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        parts=list(dict.fromkeys(part for stage in summary.stages for part in stage.parts)),
+        accuracies=draw_accuracies(summary.stages),
+        curves={name: drawn for name, drawn in curves.items() if drawn},
+        tiles=list(find_tiles(counts)),
+        tables=list(tabulate("", counts)),
+        samples=collect_samples(
+            {n: read_predictions(run_dir / n / evaluation / "predictions.jsonl") for n in names}
+        ),
+        recipe=recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else None,
+    )
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report/index.html in the run's folder, whole or not at all; returns its path."""
+    html = render_report(run_dir)
+    path = run_dir / "report" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_name(f".index.html.{os.getpid()}")
+    unfinished.write_text(html, encoding="utf-8")
+    unfinished.replace(path)
+    return path

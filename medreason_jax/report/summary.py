@@ -1,0 +1,76 @@
+"""What a run says about itself: the models of summary.json, read by the report and the terminal.
+
+Accuracies are shares in 0..1; the plain ones are of answers given at once, those with `_explain` of
+answers given after an explanation. A stage that was not evaluated has none.
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+Interval = tuple[float, float]
+
+
+class Scores(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    n: int | None = None
+    accuracy: float | None = None
+    accuracy_explain: float | None = None
+    ci95: Interval | None = None
+    ci95_explain: Interval | None = None
+
+    @property
+    def evaluated(self) -> bool:
+        return self.accuracy is not None or self.accuracy_explain is not None
+
+
+class Stage(Scores):
+    name: str
+    seconds: float | None = None
+    parts: dict[str, Scores] = {}
+
+
+class Summary(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    not_for_reporting: bool
+    seed: int | None = None
+    split: str | None = None  # the evaluated problems
+    part: str | None = None  # the part of them that the headline is of
+    stages: list[Stage]
+    export: str | None = None
+    report: str | None = None
+
+
+def read_summary(run_dir: Path) -> Summary:
+    path = run_dir / "summary.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: give the folder of a run that finished a stage")
+    return Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+def format_questions(scores: Scores) -> str:
+    return str(scores.n) if scores.evaluated and scores.n is not None else "–"
+
+
+def format_share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+def format_interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`8.4 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

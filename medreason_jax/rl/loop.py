@@ -1,0 +1,170 @@
+"""PPO, read from top to bottom: sample, reward, score, update."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medreason_jax.config import PPOConfig, save_yaml
+from medreason_jax.data.chat import ChatTokenizer
+from medreason_jax.data.prepare import read_lines
+from medreason_jax.generate.sampling import Sampling
+from medreason_jax.mesh import gather_to_host, put_batch, replicated, start_processes
+from medreason_jax.metrics import truncate_after
+from medreason_jax.qwen2.heads import init_score
+from medreason_jax.qwen2.load import load_model
+from medreason_jax.rl.reward import Judged, Rewards, judge_response
+from medreason_jax.rl.rollout import make_rollout_scorer, rollout_rows
+from medreason_jax.train.objectives import proximal_policy
+from medreason_jax.train.run import Run, halt_if_broken, optimizer_of, progress_bar, read_manifest
+from medreason_jax.train.step import init_state, make_train_step
+
+
+def ppo_stage(config: PPOConfig) -> dict[str, Any]:
+    """Run (or go on with) PPO; returns the stage's manifest. Iteration i is a function of (seed, i)."""
+    start_processes()
+    finished = read_manifest(config.folder)
+    if finished is not None:
+        return finished
+    model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    problems, prompts = load_problems(config, model.tokenizer)
+    scorer = model.scorer(config.head_chunk, config.temperature)
+    engine = model.engine(config.rollouts)
+    sampling = Sampling(config.temperature, 0, 1.0, config.max_new_tokens)
+    rewards = Rewards(config.reward_true, config.reward_false, config.reward_unformatted)
+
+    steps = config.iterations * config.ppo_epochs * config.minibatches
+    critic_rate = config.critic_rate or config.optimizer.learning_rate
+    scale = critic_rate / config.optimizer.learning_rate
+    optimizer, _ = optimizer_of(config.optimizer, steps, ((r"^critic\.", scale), (r".", 1.0)))
+    reference = jax.tree.map(jnp.copy, model.params)
+    critic = init_score(model.network.sizes.hidden_size, 1)
+    critic = jax.device_put(critic, replicated(model.mesh))
+    state = init_state({"policy": model.params, "critic": critic}, optimizer)
+    objective = proximal_policy(scorer, config.clip, config.value_clip, config.value_coef)
+    step = make_train_step(objective, optimizer, model.mesh, state, config.accumulation)
+    score_rollouts = make_rollout_scorer(scorer, config.kl_coef, config.gamma, config.gae_lambda)
+
+    if jax.process_index() == 0:
+        save_yaml(config, config.folder / "config.yaml")
+    run = Run(config.folder, config.checkpoint_every, f"{len(problems)} problems, first {problems[0]['id']}")
+    state, done = run.start(state, model.mesh)
+    table = RolloutTable(config.folder / "rollouts.jsonl", done, jax.process_index() == 0)
+    bar = progress_bar(config.folder.name, config.iterations, done)
+
+    for iteration in range(done + 1, config.iterations + 1):
+        chosen = problem_numbers(len(problems), config.rollouts, iteration - 1, config.seed)
+        batch_prompts = [prompts[n] for n in chosen]
+        seed = int(jax.random.randint(jax.random.fold_in(jax.random.key(config.seed), iteration), (), 0, 2**31 - 1))  # fmt: skip
+        completions = engine.generate(state.params["policy"], batch_prompts, sampling, seed)
+
+        texts = [model.tokenizer.decode(completion.ids) for completion in completions]
+        judged = [judge_response(t, problems[n]["answer"], rewards) for t, n in zip(texts, chosen, strict=True)]  # fmt: skip
+        table.write(iteration, [problems[n]["id"] for n in chosen], texts, judged)
+
+        rows = rollout_rows(batch_prompts, completions, config.length, model.tokenizer.pad_id)
+        scores = np.array([j.reward for j in judged], np.float32)
+        batch = put_batch(model.mesh, {**rows, "score": scores})
+        training_rows, rollout_metrics = score_rollouts(
+            state.params, reference, batch, batch.pop("score")
+        )
+        host_rows = gather_to_host(training_rows)
+        update_metrics = []
+        for numbers in minibatch_numbers(config, iteration):
+            minibatch = put_batch(model.mesh, {name: x[numbers] for name, x in host_rows.items()})
+            state, metrics = step(state, None, minibatch)
+            update_metrics.append(metrics)
+
+        values = mean_metrics(update_metrics) | floats(rollout_metrics) | reward_metrics(judged, completions)
+        halt_if_broken(values, iteration, config.folder)
+        del values["halted"]
+        run.write(iteration, values)
+        bar.set_postfix_str(f"reward {values['reward']:.3f} kl {values['kl']:.3f}", refresh=False)
+        bar.update(1)
+        run.keep(iteration, state, config.iterations)
+    bar.close()
+    table.close()
+    facts = {"kind": "ppo", "steps": steps, "parent": str(config.model), "problems": len(problems)}
+    return run.finish(state.params["policy"], model, facts)
+
+
+def load_problems(config: PPOConfig, tokenizer: ChatTokenizer):
+    """Problems whose prompt leaves room for a full response, and the prompts' ids."""
+    room = config.length - config.max_new_tokens
+    kept, prompts = [], []
+    for problem in read_lines(config.problems):
+        ids = tokenizer.prompt([{"role": "user", "content": problem["question"]}])
+        if len(ids) <= room:
+            kept.append(problem)
+            prompts.append(ids)
+    if not kept:
+        raise ValueError(
+            f"no problem of {config.problems} has a prompt of at most length - max_new_tokens = {room} "
+            "tokens; raise length"
+        )
+    return kept, prompts
+
+
+def problem_numbers(count: int, rollouts: int, iteration: int, seed: int) -> list[int]:
+    """Which problems an iteration takes: every epoch is a permutation of its own."""
+    numbers = []
+    for place in range(iteration * rollouts, (iteration + 1) * rollouts):
+        order = np.random.default_rng((seed, place // count)).permutation(count)
+        numbers.append(int(order[place % count]))
+    return numbers
+
+
+def minibatch_numbers(config: PPOConfig, iteration: int) -> list[np.ndarray]:
+    """Row numbers of every optimizer step of an iteration: a fresh permutation each PPO epoch."""
+    random = np.random.default_rng((config.seed, iteration, 1))
+    epochs = [random.permutation(config.rollouts) for _ in range(config.ppo_epochs)]
+    return [part for epoch in epochs for part in np.split(epoch, config.minibatches)]
+
+
+def floats(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in gather_to_host(metrics).items()}
+
+
+def mean_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    every = [floats(metrics) for metrics in steps]
+    return {name: float(np.mean([m[name] for m in every])) for name in every[0]}
+
+
+def reward_metrics(judged: list[Judged], completions) -> dict[str, float]:
+    outcomes = [j.outcome for j in judged]
+    return {
+        "reward": float(np.mean([j.reward for j in judged])),
+        "verified": outcomes.count("true") / len(outcomes),
+        "formatted": 1.0 - outcomes.count("unformatted") / len(outcomes),
+        "unscored": outcomes.count("unscored") / len(outcomes),
+        "response_tokens": float(np.mean([len(c.ids) for c in completions])),
+        "stopped": float(np.mean([c.finish_reason == "stop" for c in completions])),
+    }
+
+
+class RolloutTable:
+    """Every rollout with its reward, as JSON Lines; cut back to the checkpoint on resume."""
+
+    def __init__(self, path: Path, done: int, active: bool):
+        self.file = None
+        if active:
+            truncate_after(path, done)
+            self.file = path.open("a", encoding="utf-8")
+
+    def write(self, iteration: int, ids: list[str], texts: list[str], judged: list[Judged]) -> None:
+        if self.file is None:
+            return
+        for problem_id, text, verdict in zip(ids, texts, judged, strict=True):
+            record = {
+                "step": iteration, "problem_id": problem_id, "text": text,
+                "outcome": verdict.outcome, "reward": verdict.reward,
+            }  # fmt: skip
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()

@@ -1,0 +1,29 @@
+"""The reward of a response: think-before-answer form, then the verifier's verdict."""
+
+from dataclasses import dataclass
+
+from data_gen.answers import final_response, judge
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Reward of a verified answer, of a wrong one, of one without the form (arXiv 2412.18925, 3.2)."""
+
+    true: float
+    false: float
+    unformatted: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    reward: float
+    outcome: str  # "true", "false" or "unformatted"
+
+
+def judge_response(text: str, answer: str, rewards: Rewards) -> Judged:
+    """A response whose verdict is unscored counts as false, under its own name in the rollout table."""
+    parts = final_response(text)
+    if parts is None or not parts[0].strip():
+        return Judged(rewards.unformatted, "unformatted")
+    verdict = judge(parts[1], answer)
+    return Judged(rewards.true if verdict.outcome == "true" else rewards.false, verdict.outcome)

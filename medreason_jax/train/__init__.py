@@ -1,0 +1,1 @@
+"""Objectives, optimizer and the one train step."""

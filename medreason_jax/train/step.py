@@ -1,0 +1,96 @@
+"""The one train step: every stage differs only in its objective."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from medreason_jax.mesh import Sharder, batch_sharding, replicated, tree_shardings
+from medreason_jax.train.objectives import Objective
+
+
+@struct.dataclass
+class TrainState:
+    step: jax.Array
+    params: Any  # what is trained, float32
+    optimizer: Any
+    halted: jax.Array  # a loss or gradient was not finite: later steps change nothing
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.bool_(False))
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where each leaf of a (possibly abstract) state lives."""
+    return tree_shardings(mesh, state)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    accumulation: int,
+):
+    """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
+
+    `batch` holds arrays [B, ...] with B a multiple of accumulation x batch shards. `frozen` takes no
+    gradient. The update is skipped, and `halted` set, when the loss or the gradient is not finite.
+    """
+    sharder = Sharder(mesh)
+
+    def split(x):
+        """[B, ...] -> [A, B/A, ...] without moving a row to another device."""
+        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        return sharder(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+    def step(state: TrainState, frozen, batch):
+        weights = {name: jnp.maximum(w, 1.0) for name, w in objective.weights(batch).items()}
+
+        def loss_and_metrics(params, part):
+            sums, metrics = objective.sums(params, frozen, part)
+            losses = {name: objective.coefficients[name] * sums[name] / weights[name] for name in sums}
+            return sum(losses.values()), (losses, metrics)
+
+        gradient = jax.grad(loss_and_metrics, has_aux=True)
+
+        def accumulate(total, part):
+            return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+        if accumulation == 1:
+            grads, (losses, sums) = gradient(state.params, batch)
+        else:
+            parts = jax.tree.map(split, batch)
+            first = jax.tree.map(lambda x: x[0], parts)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, state.params, first)
+            )
+            (grads, (losses, sums)), _ = jax.lax.scan(accumulate, zeros, parts)
+
+        loss, norm = sum(losses.values()), optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~state.halted
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        new_state = TrainState(
+            step=state.step + good,
+            params=jax.tree.map(keep, params, state.params),
+            optimizer=jax.tree.map(keep, opt_state, state.optimizer),
+            halted=~good,
+        )
+        metrics = {"loss": loss, "grad_norm": norm, "halted": ~good}
+        metrics |= {f"loss_{name}": value for name, value in losses.items() if len(losses) > 1}
+        metrics |= {name: s / jnp.maximum(w, 1.0) for name, (s, w) in sums.items()}
+        return new_state, metrics
+
+    shardings = state_shardings(mesh, state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, None, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )

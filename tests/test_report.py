@@ -1,0 +1,260 @@
+"""The report and the terminal's table, from a made-up run."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from medreason_jax.report import write_report
+from medreason_jax.report.acceptance import tabulate
+from medreason_jax.report.figures import PANELS, matching_columns, thin_out
+from medreason_jax.report.jsonl import read_rows
+from medreason_jax.report.summary import format_seconds
+from medreason_jax.report.table import stage_table
+
+HOSTILE = "<script>alert('x')</script> & {{ 7 * 7 }}"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+SUMMARY = {
+    "name": "formulary",
+    "not_for_reporting": True,
+    "seed": 7,
+    "split": "test",
+    "part": "dosing",
+    "export": "export/final",
+    "report": None,
+    "stages": [
+        {"name": "data", "seconds": 3.21, "accuracy": None, "accuracy_explain": None, "n": 0},
+        {
+            "name": "sft",
+            "seconds": 200.0,
+            "accuracy": 0.415,
+            "accuracy_explain": 0.6,
+            "n": 200,
+            "ci95": [0.35, 0.48],
+            "ci95_explain": [0.53, 0.67],
+            "parts": {"dosing": {"n": 80, "accuracy": 0.25, "ci95": [0.17, 0.35]}},
+        },
+        {"name": "ppo", "seconds": 4000, "accuracy": 0.5, "accuracy_explain": 0.0, "n": 200},
+    ],
+}
+COUNTS = {
+    "stages": {"problems": {"kept": 900, "rejected": 100}, "search": {"kept": 1234, "rejected": 9}},
+    "rejects": {"filter": {"Too Simple": 60, HOSTILE: 40}},
+    "acceptance": {"backtrack": 0.5, "verify": 0.25},
+    "wrong_accepted_share": 0.0123,
+}
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_run(run_dir: Path) -> Path:
+    (run_dir / "data").mkdir(parents=True)
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
+    (run_dir / "data" / "report.json").write_text(json.dumps(COUNTS))
+    (run_dir / "recipe.resolved.yaml").write_text(f"name: formulary  # {HOSTILE}\n")
+    for stage in ("sft", "ppo"):
+        rows = [
+            {"step": i, "loss": 2.0 / (i + 1), "reward": i / 900, "kl": 0.1, "kl_coef": 3.0}
+            for i in range(900)
+        ]
+        write_lines(run_dir / stage / "metrics.jsonl", rows)
+        predictions = [
+            {
+                "id": f"{part}{i:02d}",
+                "part": part,
+                "form": form,
+                "question": f"Question {part} {i} {HOSTILE}",
+                "text": f"{stage} says {HOSTILE}",
+                "answer": "forty milligrams",
+                "outcome": ("true", "false", "unscored")[i % 3],
+                "reason": "no answer found",
+            }
+            for form in ("answer_only", "explain")
+            for part in ("dosing", "interactions")
+            for i in range(8)
+        ]
+        write_lines(run_dir / stage / "eval-test" / "predictions.jsonl", predictions)
+    return run_dir
+
+
+class Reader(HTMLParser):
+    """Collects text and attributes and insists on balanced tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(path: Path) -> Reader:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return read(write_report(make_run(tmp_path_factory.mktemp("run"))))
+
+
+def test_the_report_shows_each_stage_with_its_interval_and_time(report: Reader):
+    text = " ".join(" ".join(report.text).split())
+    assert "sft 41.5% 35.0 to 48.0 60.0% 53.0 to 67.0 200 3 min 20 s" in text
+    assert "ppo 50.0% 0.0% 200 1 h 06 min" in text
+    assert "data – – – 3.2 s" in text
+    assert "dosing sft 25.0% 17.0 to 35.0 – 80" in text
+    assert "1.2% of accepted traces end in a wrong answer" in text
+    assert "Not for reporting" in text
+    assert "Accuracy on the part “dosing” of the test problems" in text
+
+
+def test_the_report_draws_the_columns_that_exist(report: Reader):
+    text = "".join(report.text)
+    drawn = sum(tag == "svg" for tag, _ in report.tags)
+    assert drawn == 1 + 2 * 3  # accuracies; loss, reward and KL of two stages, no dev accuracy
+    for label in (
+        "loss (nats)",
+        "mean reward (0 to 1)",
+        "KL to the reference (nats a reply)",
+        "step",
+    ):
+        assert label in text
+    assert "Dev accuracy" not in text
+
+
+def test_ten_questions_are_shown_with_the_replies_of_every_stage(report: Reader):
+    classes = [attributes["class"] for _, attributes in report.tags if "class" in attributes]
+    assert classes.count("sample") == 10
+    assert classes.count("reply") == 10 * 2 * 2
+
+
+def test_nothing_a_model_wrote_becomes_markup(report: Reader):
+    assert "script" not in {tag for tag, _ in report.tags}
+    assert f"sft says {HOSTILE}" in report.text
+    assert any(HOSTILE in text for text in report.text if "name: formulary" in text)
+
+
+def test_the_report_needs_nothing_from_outside(tmp_path: Path):
+    html = write_report(make_run(tmp_path / "run")).read_text()
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"'\s<)]+", html)) <= namespaces
+    assert re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"|url\((?!#)[^)]*\)|@import", html) == []
+
+
+def test_ids_of_the_figures_differ(report: Reader):
+    ids = [attributes["id"] for _, attributes in report.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path):
+    first, second = (write_report(make_run(tmp_path / name)).read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_a_summary_alone_is_enough_and_no_summary_is_an_error(tmp_path: Path):
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"name": "bare", "not_for_reporting": False, "stages": []})
+    )
+    text = "".join(read(write_report(tmp_path)).text)
+    assert "bare" in text and "Not for reporting" not in text
+    with pytest.raises(ValueError, match=r"summary\.json is missing"):
+        write_report(tmp_path / "elsewhere")
+
+
+def test_a_failed_report_leaves_the_last_one(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    before = write_report(run_dir).read_bytes()
+    (run_dir / "sft" / "metrics.jsonl").write_text("not json\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1 is not JSON"):
+        write_report(run_dir)
+    assert [path.name for path in (run_dir / "report").iterdir()] == ["index.html"]
+    assert (run_dir / "report" / "index.html").read_bytes() == before
+
+
+def test_a_line_still_being_written_is_left_out(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_rows(tmp_path / "a.jsonl") == [{"step": 1}]
+
+
+def test_values_that_are_not_finite_are_left_out_of_curves(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": None}]
+    write_lines(run_dir / "sft" / "metrics.jsonl", rows)
+    assert "nan" not in "".join(read(write_report(run_dir)).text)
+
+
+def test_columns_are_matched_by_whole_words():
+    row: dict[str, object] = dict.fromkeys(
+        [
+            "step",
+            "loss",
+            "ppo/value_loss",
+            "kl",
+            "approx_kl",
+            "kl_coef",
+            "dev_accuracy",
+            "accuracy",
+            "glossary",
+        ],
+        1,
+    )
+    found = {panel.title: matching_columns(panel, [row]) for panel in PANELS}
+    assert found == {
+        "Loss": ["loss", "ppo/value_loss"],
+        "Reward": [],
+        "KL": ["kl"],
+        "KL of the update": ["approx_kl"],
+        "Dev accuracy": ["dev_accuracy"],
+    }
+
+
+def test_thinning_keeps_the_mean_and_the_order():
+    steps, values = thin_out(([float(i) for i in range(5000)], [float(i) for i in range(5000)]))
+    assert len(steps) == 500 and steps == sorted(steps)
+    assert sum(values) / len(values) == pytest.approx(4999 / 2)
+
+
+def test_every_count_appears_in_some_table():
+    tables = list(tabulate("", COUNTS))
+    cells = [cell for table in tables for _, row in table.rows for cell in row]
+    assert sorted(cells) == sorted(
+        ["900", "100", "1,234", "9", "60", "40", "50.0%", "25.0%", "1.2%"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")],
+)
+def test_times_are_readable(seconds: float | None, text: str):
+    assert format_seconds(seconds) == text
+
+
+def test_the_terminal_table_holds_the_same_figures():
+    text = stage_table(SUMMARY)
+    assert "41.5% (35.0 to 48.0)" in text and "60.0% (53.0 to 67.0)" in text
+    assert "Not for reporting" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "\x1b" not in text

@@ -1,0 +1,50 @@
+"""A tiny Qwen2.5 with rough weights: default ones would hide errors of biases and norm gains."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medreason_jax.mesh import Sharder, TokenShards, make_mesh, path_name
+from medreason_jax.qwen2.attention import xla_attention
+from medreason_jax.qwen2.model import Compute, init_params, make_network
+from medreason_jax.qwen2.sizes import read_sizes
+from medreason_jax.train.objectives import Scorer
+
+FIELDS = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "initializer_range": 0.05,
+}  # fmt: skip
+
+
+def rough_params(sizes, seed=0):
+    """Weights N(0, 0.05); biases and norm gains shifted by N(0, 0.3)."""
+
+    def shift(path, x):
+        name = path_name(path)
+        key = jax.random.fold_in(jax.random.key(seed + 1), zlib.crc32(name.encode()))
+        plain = name.endswith("kernel") or name.endswith("embedding")
+        return x if plain else x + 0.3 * jax.random.normal(key, x.shape)
+
+    params = init_params(sizes, jax.random.key(seed))
+    return jax.tree_util.tree_map_with_path(shift, params)
+
+
+def tiny_model(mesh_shape=(1, 1, 1), seed=0, **fields):
+    """(mesh, network, params, scorer) of a tiny model, float32 with full-precision products."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    data, fsdp, tensor = mesh_shape
+    count = data * fsdp * tensor
+    if count == jax.device_count():
+        mesh = make_mesh(data, fsdp, tensor)
+    else:
+        devices = jax.devices()[:count]
+        mesh = jax.sharding.Mesh(
+            np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor")
+        )
+    sizes = read_sizes({**FIELDS, **fields})
+    network, _ = make_network(sizes, Compute(jnp.float32, xla_attention, Sharder(mesh), False))
+    scorer = Scorer(network, TokenShards(mesh), 24)
+    return mesh, network, rough_params(sizes, seed), scorer
