@@ -18,10 +18,11 @@ FINAL_RESPONSE = "## Final Response"
 
 
 class Verdict(NamedTuple):
-    """What a verifier found; `unscored` is neither right nor wrong, and `reason` says why."""
+    """What a verifier found; `unscored` is neither right nor wrong. `calls` are journal keys."""
 
     outcome: Literal["true", "false", "unscored"]
     reason: str
+    calls: tuple[str, ...] = ()
 
 
 class Quantity(NamedTuple):

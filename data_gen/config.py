@@ -7,14 +7,15 @@ built-in `simulated` one; nothing is taken from the environment but the key that
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_gen.records import describe_error
 
-Share = Field(ge=0, le=1)
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
 
 
 class Simulated(BaseModel, extra="forbid"):
@@ -22,25 +23,19 @@ class Simulated(BaseModel, extra="forbid"):
 
     bank: Path
     seed: int = 0
-    error_reasoning: float | None = Share
-    error_strategy: float | None = Share
-    error_rewrite: float | None = Share
-    error_filter: float | None = Share
-    error_reformat: float | None = Share
-    verifier_false_positive: float | None = Share
-    verifier_false_negative: float | None = Share
-    fault_429: float | None = Share
-    fault_500: float | None = Share
-    fault_timeout: float | None = Share
-    fault_json: float | None = Share
-    stall_seconds: float | None = Field(default=None, ge=0)
-    retry_after_seconds: float | None = Field(default=None, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unset_is_null(cls, data: Any) -> Any:
-        unset = {name: None for name in cls.model_fields if name not in ("bank", "seed")}
-        return {**unset, **data} if isinstance(data, dict) else data
+    error_reasoning: Share | None = None
+    error_strategy: Share | None = None
+    error_rewrite: Share | None = None
+    error_filter: Share | None = None
+    error_reformat: Share | None = None
+    verifier_false_positive: Share | None = None
+    verifier_false_negative: Share | None = None
+    fault_429: Share | None = None
+    fault_500: Share | None = None
+    fault_timeout: Share | None = None
+    fault_json: Share | None = None
+    stall_seconds: Seconds | None = None
+    retry_after_seconds: Seconds | None = None
 
 
 class Role(BaseModel, extra="forbid"):
@@ -143,8 +138,8 @@ class Search(BaseModel, extra="forbid"):
 class Rewrite(BaseModel, extra="forbid"):
     """Shares of the verified problems that also give the ablation records."""
 
-    direct_share: float = Field(default=0.25, ge=0, le=1)
-    simple_cot_share: float = Field(default=0.0, ge=0, le=1)
+    direct_share: Share = 0.25
+    simple_cot_share: Share = 0.0
 
 
 class Pairs(BaseModel, extra="forbid"):

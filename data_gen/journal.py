@@ -33,7 +33,9 @@ CREATE TRIGGER IF NOT EXISTS calls_are_kept BEFORE DELETE ON calls
 CREATE TRIGGER IF NOT EXISTS calls_are_final BEFORE UPDATE ON calls
     BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 """
-_COLUMNS = "key, role, request, answer, finish, prompt_tokens, completion_tokens, endpoint, attempts, time"
+_COLUMNS = (
+    "key, role, request, answer, finish, prompt_tokens, completion_tokens, endpoint, attempts, time"
+)
 
 
 class Call(NamedTuple):
@@ -51,7 +53,9 @@ class Call(NamedTuple):
     time: float
 
 
-def call_key(alias: str, messages: list[dict[str, str]], settings: dict[str, Any], sample: int) -> str:
+def call_key(
+    alias: str, messages: list[dict[str, str]], settings: dict[str, Any], sample: int
+) -> str:
     """sha256 of what is asked: the model's alias, the messages, the settings, the sample's index."""
     return hashlib.sha256(canonical_json([alias, messages, settings, sample]).encode()).hexdigest()
 
@@ -153,7 +157,9 @@ class Journal:
         marks = ", ".join("?" * len(Call._fields))
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.executemany(f"INSERT OR IGNORE INTO calls ({_COLUMNS}) VALUES ({marks})", calls)
+            self._db.executemany(
+                f"INSERT OR IGNORE INTO calls ({_COLUMNS}) VALUES ({marks})", calls
+            )
             self._db.execute("COMMIT")
         except sqlite3.Error:
             if self._db.in_transaction:

@@ -4,7 +4,6 @@ One call is: look it up, else reserve, send, try again while the endpoint is bus
 use. The environment's OPENAI_* variables, proxies and redirects play no part.
 """
 
-import asyncio
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +76,9 @@ class Teacher:
         self._journal = journal
         self._budget = budget
         self._patience = patience
+        self._backoff = tenacity.wait_random_exponential(
+            multiplier=patience.first_wait, max=patience.longest_wait
+        )
         self._client = _make_client(endpoint, http)
 
     async def ask(self, messages: Messages, sample: int = 0) -> Call:
@@ -126,23 +128,29 @@ class Teacher:
     async def _send_until_answered(
         self, messages: Messages, seed: int
     ) -> tuple[tuple[str, str, int, int], int]:
-        for attempt in range(1, self._patience.attempts + 1):
-            try:
-                return await self._send(messages, seed), attempt
-            except _Transient as failure:
-                if attempt == self._patience.attempts or failure.wait > LONGEST_RETRY_AFTER:
-                    raise TeacherFailed(self._complaint(f"{failure} ({attempt} tries)")) from None
-                await asyncio.sleep(self._wait(attempt, failure.wait))
-        raise AssertionError("attempts is at least 1")
+        attempts = 0
 
-    def _wait(self, attempt: int, asked: float) -> float:
-        """Exponential back-off with full jitter, and never less than the server asks for."""
-        backoff = tenacity.wait_random_exponential(
-            multiplier=self._patience.first_wait, max=self._patience.longest_wait
+        async def send() -> tuple[str, str, int, int]:
+            nonlocal attempts
+            attempts += 1
+            return await self._send(messages, seed)
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_is_worth_another_try),
+            stop=tenacity.stop_after_attempt(self._patience.attempts),
+            wait=self._wait,
+            reraise=True,
         )
-        state = tenacity.RetryCallState(retry_object=_NO_RETRYING, fn=None, args=(), kwargs={})
-        state.attempt_number = attempt
-        return max(asked, backoff(state))
+        try:
+            return await retrying(send), attempts
+        except _Transient as failure:
+            raise TeacherFailed(self._complaint(f"{failure} ({attempts} tries)")) from None
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Exponential back-off with full jitter, and never less than the server asks for."""
+        failure = state.outcome.exception() if state.outcome is not None else None
+        asked = failure.wait if isinstance(failure, _Transient) else 0.0
+        return max(asked, self._backoff(state))
 
     async def _send(self, messages: Messages, seed: int) -> tuple[str, str, int, int]:
         import openai
@@ -164,7 +172,9 @@ class Teacher:
                 raise _Transient(f"no answer within {place.timeout:g} s") from None
             except openai.APIConnectionError as error:
                 reason = error.__cause__ or error
-                raise _Transient(f"cannot be reached: {str(reason) or type(reason).__name__}") from None
+                raise _Transient(
+                    f"cannot be reached: {str(reason) or type(reason).__name__}"
+                ) from None
             except (openai.APIError, ValueError) as error:
                 raise _Transient(f"an answer that cannot be read: {_one_line(error)}") from None
             return _content(reply)
@@ -188,7 +198,8 @@ class _Transient(Exception):
         self.wait = wait
 
 
-_NO_RETRYING = tenacity.Retrying(stop=tenacity.stop_never)
+def _is_worth_another_try(failure: BaseException) -> bool:
+    return isinstance(failure, _Transient) and failure.wait <= LONGEST_RETRY_AFTER
 
 
 def make_http_client() -> Any:

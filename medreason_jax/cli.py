@@ -144,3 +144,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

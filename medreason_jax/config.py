@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -53,7 +54,6 @@ class RunConfig(Strict):
     remat: bool = False
     head_chunk: Positive = 2048
     length: Positive
-    batch_rows: Positive
     accumulation: Positive = 1
     checkpoint_every: Positive = 100
     optimizer: OptimizerConfig
@@ -63,6 +63,7 @@ class TrainConfig(RunConfig):
     """CPT, SFT and preference optimisation: one objective over packed rows."""
 
     kind: Literal["cpt", "sft", "prefer"]
+    batch_rows: Positive
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -211,6 +212,8 @@ class RecipeConfig(Strict):
 
     @model_validator(mode="after")
     def _connected(self):
+        if "teacher" not in self.data_gen:
+            raise ValueError("data_gen.teacher is missing; give a reasoner with base_url or simulated")
         if (self.formulary is None) == (self.question_bank is None):
             raise ValueError("give formulary or question_bank, one of the two")
         seen = ["base"]
@@ -230,7 +233,7 @@ def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(expand_variables(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -241,6 +244,11 @@ def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set {override!r} has no '='; write --set a.b=value")
         _set(values, name, yaml.safe_load(text))
     return values
+
+
+def expand_variables(text: str) -> str:
+    """`${MEDREASON_DATA}` in a config is the folder of real data (default ../shared/data)."""
+    return text.replace("${MEDREASON_DATA}", os.environ.get("MEDREASON_DATA", "../shared/data"))
 
 
 def _set(values: Any, name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ Every step leaves its result under `runs/<name>/` with a manifest that appears l
 manifests and goes on where the first one stopped.
 """
 
+import copy
 import fcntl
 import json
 import os
@@ -144,11 +145,14 @@ def make_bank(recipe: RecipeConfig, bank: Path) -> None:
 
 def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, Any]:
     """The recipe's `data_gen` settings with the paths and the seed of this run."""
-    teacher = {"bank": str(bank / "private" / "teacher_bank.jsonl"), "seed": recipe.seed}
-    values = {"bank": str(bank / "bank.jsonl"), "out": str(out), "seed": recipe.seed, **recipe.data_gen}
-    if "simulated" in values:
-        values["simulated"] = {**teacher, **values["simulated"]}
-    return values
+    values = copy.deepcopy(recipe.data_gen)
+    private = {"bank": str(bank / "private" / "teacher_bank.jsonl"), "seed": recipe.seed}
+    for role in values["teacher"].values():
+        if "simulated" in role:
+            role["simulated"] = {**private, **role["simulated"]}
+    evaluation = [str(bank / f"{split}.jsonl") for split in ("dev", "test")]
+    values.setdefault("decontamination", {}).setdefault("evaluation", evaluation)
+    return {"bank": str(bank / "bank.jsonl"), "out": str(out), "seed": recipe.seed, **values}
 
 
 def data_gen(*arguments: str) -> None:

@@ -225,7 +225,8 @@ def test_recall_states_the_facts_then_the_asked_one(exact, bank):
 def test_the_verifier_compares_what_is_said(exact):
     for said, reference, same in (
         ("80 mg", "80 mg", True), ("The answer is 80 mg.", "80 mg", True),
-        ("180 mg", "80 mg", False), ("80 mg per dose", "80 mg", True), ("do not give", "80 mg", False),
+        ("180 mg", "80 mg", False), ("80 mg per dose", "80 mg", True),
+        ("do not give", "80 mg", False),
         ("do not give 80 mg", "80 mg", False), ("Reply True.", "80 mg", False),
         ("7 mg per kg", "7 mg", False), ("aspirin and heparin", "aspirin", False),
         ("< 0.05", "> 0.05", False), ("Do not give it.", "do not give", True),

@@ -1,0 +1,67 @@
+"""Bad configs: one line that names the field, the value and what was allowed."""
+
+import pytest
+import yaml
+
+from medreason_jax.config import RecipeConfig, TrainConfig, load_yaml, validate
+
+STAGE = {
+    "kind": "sft", "folder": "f", "model": "m", "length": 64, "batch_rows": 2, "steps": 1,
+    "sources": [{"path": "x.jsonl", "kind": "sft"}], "optimizer": {"learning_rate": 1e-3},
+}  # fmt: skip
+
+
+def recipe(**changes):
+    stages = [
+        {"name": "cpt", "kind": "cpt", "settings": {}},
+        {"name": "sft", "kind": "sft", "start": "cpt", "settings": {}},
+    ]
+    values = {
+        "name": "x", "model": {"sizes": {}}, "formulary": {}, "data_gen": {"teacher": {}},
+        "stages": stages, "evaluation": {"part": "p"},
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({**STAGE, "lenght": 5}, ["lenght", "length"]),
+        ({**STAGE, "optimizer": {"learning_rate": 1e-3, "warmup": 1}}, ["optimizer.warmup", "warmup_ratio"]),
+        ({**STAGE, "length": 0}, ["length", "1", "0"]),
+        ({**STAGE, "dtype": "float16"}, ["dtype", "float16", "bfloat16"]),
+        ({**STAGE, "epochs": 2}, ["steps", "epochs"]),
+        ({k: v for k, v in STAGE.items() if k != "model"}, ["model", "required"]),
+    ],
+)
+def test_a_bad_stage_config_is_one_line(values, words):
+    with pytest.raises(ValueError) as error:
+        validate(TrainConfig, values, "sft.yaml")
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in ["sft.yaml", *words])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stages": [{"name": "a", "kind": "cpt", "start": "b", "settings": {}}]}, ["start", "'b'", "base"]),
+        ({"stages": [{"name": "a", "kind": "cpt", "settings": {}}] * 2}, ["'a'", "twice"]),
+        ({"formulary": None}, ["formulary", "question_bank"]),
+        ({"stages": [{"name": "a", "kind": "cpt", "replay": 0.5, "settings": {}}]}, ["replay", "sft"]),
+    ],
+)
+def test_a_recipe_whose_stages_do_not_connect_is_refused(changes, words):
+    with pytest.raises(ValueError) as error:
+        validate(RecipeConfig, recipe(**changes), "recipe.yaml")
+    assert all(word in str(error.value) for word in words)
+
+
+def test_overrides_reach_fields_and_named_items(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe()))
+    values = load_yaml(path, ["seed=3", "stages.sft.settings.steps=7", "formulary.drugs=80"])
+    config = validate(RecipeConfig, values, "recipe.yaml")
+    assert config.seed == 3 and config.formulary == {"drugs": 80}
+    assert config.stages[1].settings == {"steps": 7}
+    with pytest.raises(ValueError, match=r"no item named 'sfd'; found \['cpt', 'sft'\]"):
+        load_yaml(path, ["stages.sfd.settings.steps=7"])
