@@ -1,15 +1,17 @@
 """The one meaning of correct: does a response give the reference answer?
 
-Data generation, the reward of reinforcement learning and evaluation all ask `judge`. It reads the final response only,
-finds the statement that answers (an "answer is …" sentence, else the first one that holds an answer), and compares what
-is asserted there, after normalisation, with the reference: an option letter, a number with its unit, a refusal ("do not
-give") or a short text. Naming two different answers is false, whichever of them is right. Standard library only.
+Data generation, the reward of reinforcement learning and evaluation all ask `judge`. It reads the
+final response only, finds the statement that answers (an "answer is …" sentence, else the first
+that
+holds an answer), and compares what it asserts with the reference: an option letter, a number with
+its unit, a refusal ("do not give") or a short text. Two different answers are false, whichever of
+them is right. Standard library only.
 """
 
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -48,7 +50,7 @@ def final_response(text: str) -> tuple[str, str] | None:
 
 
 def has_think_format(text: str) -> bool:
-    """Exactly one `## Thinking`, then exactly one `## Final Response` with a blank line behind it."""
+    """Exactly one `## Thinking`, then exactly one `## Final Response` and a blank line."""
     return final_response(text) is not None
 
 
@@ -56,7 +58,7 @@ def has_think_format(text: str) -> bool:
 
 
 def judge(response_text: str, reference: str, options: Mapping[str, str] | None = None) -> Verdict:
-    """Whether the final response gives the reference; with `options`, that may be letter or text."""
+    """Whether the final response gives the reference, which may be an option's letter or text."""
     if not normalise(reference):
         return Verdict("unscored", "no reference answer")
     response = _judged_part(response_text)
@@ -105,29 +107,28 @@ def _compare(asserted: set, wanted: object) -> Verdict:
         return Verdict("false", "two different answers")
     if not asserted:
         return Verdict("false", "no answer of this kind")
-    return (
-        Verdict("true", "same answer")
-        if asserted == {wanted}
-        else Verdict("false", "another answer")
-    )
+    if asserted != {wanted}:
+        return Verdict("false", "another answer")
+    return Verdict("true", "same answer")
 
 
 # --- text -------------------------------------------------------------------------------------
 
-_ARTICLES = {"a", "an", "the"}
-_NUMBER_WORDS = {
-    **{word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())},
-    "once": "1 times", "twice": "2 times", "thrice": "3 times",
-}  # fmt: skip
+_DIGITS = "zero one two three four five six seven eight nine ten eleven twelve"
+_NUMBER_WORDS = {word: str(i) for i, word in enumerate(_DIGITS.split())}
+_NUMBER_WORDS |= {"once": "1 times", "twice": "2 times", "thrice": "3 times"}
 _APOSTROPHES = str.maketrans("’‘ʼ‐‑‒–—−", "'''------")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+# "hepatitis A" keeps its A: an article is lower case or starts the text, and a word follows it.
+_ARTICLE = re.compile(r"(?:^\W*A|(?<![\w'-])(?:a|[Aa]n|[Tt]he))(?=\s+\w)")
+_SIGNS = "%<>+≤≥±↑↓→←"  # marks that change what is said
 
 
 def normalise(text: str) -> str:
-    """Compatibility form, lower case, words and numbers with one space between, no articles."""
-    words = re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[%<>+]|(?<!\w)-(?=\d)", _plain(text).casefold())
-    kept = [word for word in words if word not in _ARTICLES]
-    return " ".join(kept or words)
+    """Compatibility form, lower case, no articles: words, numbers and signs, one space between."""
+    bare = _ARTICLE.sub(" ", _plain(text)).casefold()
+    pattern = rf"\d+(?:[.,]\d+)*|[^\W\d_]+|[{_SIGNS}]|(?<!\w)-(?=\d)"
+    return " ".join(re.findall(pattern, bare))
 
 
 def _plain(text: str) -> str:
@@ -142,12 +143,15 @@ _ABBREVIATED = re.compile(
     r"\b(?:dr|vs|e\.g|i\.e|approx|no|st)\.$|^\(?[A-Za-z0-9]\.$", re.IGNORECASE
 )
 _CUE = re.compile(
-    r"\b(?:answer|diagnosis|conclusion|choice|option chosen|correct (?:option|one|dose)|dose|result)\b[^.:;,]{0,40}?"
-    r"(?:\bis\b(?! not\b)|\bwould be\b|\bshould be\b|:|=)|^\s*(?:therefore|thus|hence|so)\b,?|答え?は|答案[是为為:]|正解は",
+    r"\b(?:answer|diagnosis|conclusion|choice|correct (?:option|one|dose)|dose|result)\b"
+    r"[^.:;,]{0,40}?"
+    r"(?:\bis\b(?! not\b)|\bwould be\b|\bshould be\b|:|=)"
+    r"|^\s*(?:therefore|thus|hence|so)\b,?|答え?は|答案[是为為:]|正解は",
     re.IGNORECASE,
 )
 _REVISION = re.compile(
-    r"^\s*(?:no|wait|actually|or|and|also|alternatively|correction|sorry|rather|instead|otherwise|but|maybe|perhaps|possibly)\b",
+    r"^\s*(?:no|wait|actually|or|and|also|alternatively|correction|sorry|rather|instead|otherwise"
+    r"|but|maybe|perhaps|possibly)\b",
     re.IGNORECASE,
 )
 _REASON = re.compile(
@@ -157,15 +161,11 @@ _REASON = re.compile(
 _BARE_WORDS = 2
 
 
-def _statements(response: str, holds_answer) -> list[str]:
-    """The sentences that answer: those with a cue, else the first that holds an answer; and what revises it later."""
+def _statements(response: str, holds_answer: Callable[[str], bool]) -> list[str]:
+    """The sentences that answer: those with a cue, else the first that holds an answer and what
+    revises it later."""
     sentences = _sentences(response)
-    cued = [
-        sentence[match.end() :]
-        for sentence in sentences
-        for match in [_last_cue(sentence)]
-        if match
-    ]
+    cued = [match[-1] for match in map(_CUE.split, sentences) if len(match) > 1]
     cued = [part for part in map(_assertive, cued) if holds_answer(part)]
     if cued:
         return cued
@@ -190,13 +190,8 @@ def _sentences(text: str) -> list[str]:
     return joined
 
 
-def _last_cue(sentence: str) -> re.Match | None:
-    matches = list(_CUE.finditer(sentence))
-    return matches[-1] if matches else None
-
-
 def _assertive(sentence: str) -> str:
-    """The sentence without its reasons and without brackets, unless they hedge or hold everything."""
+    """The sentence without its reasons, and without brackets unless they hedge or hold it all."""
     reason = _REASON.search(sentence)
     text = sentence[: reason.start()] if reason and reason.start() else sentence
     without = re.sub(r"\((?!\s*(?:or|not|and)\b)[^()]*\)", " ", text)
@@ -205,25 +200,33 @@ def _assertive(sentence: str) -> str:
 
 def _is_bare(statement: str) -> bool:
     """A sentence that is nothing but an answer."""
-    return (
-        0 < len(normalise(statement).split()) <= _BARE_WORDS
-        or _whole_quantity(statement) is not None
-    )
+    short = 0 < len(normalise(statement).split()) <= _BARE_WORDS
+    return short or _whole_quantity(statement) is not None
 
 
-_NEGATORS = r"(?:not|no|never|non|nor|neither|without|cannot be|isn't|aren't|wasn't|\w+n't be|rather than|other than|instead of|unlike|except|rules? out|ruled out|excludes?|excluded|against|doubt)"
-_BETWEEN = r"(?:(?:be|a|an|the|due|to|caused|by|likely|probably|really|have|had|has|of|option|answer|either|simply)\s+){0,4}"
+_NEGATORS = (
+    r"(?:not|no|never|non|nor|neither|without|cannot be|isn't|aren't|wasn't|\w+n't be|rather than"
+    r"|other than|instead of|unlike|except|rules? out|ruled out|excludes?|excluded|against|doubt)"
+)
+_BETWEEN = (
+    r"(?:(?:be|a|an|the|due|to|caused|by|likely|probably|really|have|had|has|of|option|answer|either"
+    r"|simply)\s+){0,4}"
+)
 _NEGATED_AFTER = re.compile(
-    r"^\s*(?:(?:is|was|are|were|can be|has been|seems|would be|looks)\s+)?"
-    r"(?:(?:not|n't)\b(?!\s+(?:allowed|permitted|safe|recommended|advised|to be|be|with|go|given))|excluded|ruled out|unlikely|less likely|"
-    r"wrong|incorrect|false|impossible|absent|ではな|じゃな|でない|でな|を除外|は否定)"
+    r"^\s*(?:(?:is|was|are|were|can be|has been|seems|would be|looks)\s+)?(?:(?:not|n't)\b(?!\s+"
+    r"(?:allowed|permitted|safe|recommended|advised|to be|be|with|go|given))|excluded|ruled out"
+    r"|unlikely|less likely|wrong|incorrect|false|impossible|absent"
+    r"|ではな|じゃな|でな|を除外|は否定)"
 )
 _NEGATED_BEFORE = re.compile(rf"\b{_NEGATORS}\s+{_BETWEEN}$")
 _NEGATED_BEFORE_CJK = re.compile(r"(?:不是|并非|並非|没有|沒有|非|無|无|不)\s*$")
-_LONGER_NAME_ENDS = set(
-    "is was are were be because since and or with in as due which that who by to for on at from of must should may can could will would has have"
-    " had but not so then when if while where after before per a an the this it its would also only given seems appears causes cause explains fits"
-    " forbids prevents rules excluded ruled unlikely wrong incorrect most more less than x patient patients".split()
+# A word that may follow an answer; any other makes it a longer name ("diabetes insipidus").
+_MAY_FOLLOW = set(
+    "is was are were be because since and or with in as due which that who by to for on at from of "
+    "must should may can could will would has have had but not so then when if while where after "
+    "before per this it its also only given seems appears causes cause explains fits "
+    "forbids prevents rules excluded ruled unlikely wrong incorrect most more less than x patient "
+    "patients".split()
 )
 
 
@@ -232,32 +235,26 @@ def _asserts(statement: str, phrase: str) -> bool:
     text, wanted = _spaced(statement), _spaced(phrase)
     cjk = _CJK.search(wanted) is not None
     pattern = re.escape(wanted) if cjk else rf"(?<!\S){re.escape(wanted)}(?!\S)"
-    found = False
-    for match in re.finditer(pattern, text):
-        before, after = text[: match.start()], text[match.end() :]
-        if _NEGATED_BEFORE.search(before) or (cjk and _NEGATED_BEFORE_CJK.search(before)):
-            continue
-        if _NEGATED_AFTER.search(after):
-            continue
-        follower = after.split()[0] if after.split() else "|"
-        if (
-            not cjk
-            and follower[0].isalnum()
-            and follower not in _LONGER_NAME_ENDS
-            and not follower.endswith(("n't", "ly"))
-        ):
-            continue
-        found = True
-    return found
+    matches = ((text[: m.start()], text[m.end() :]) for m in re.finditer(pattern, text))
+    return any(
+        not _NEGATED_BEFORE.search(before)
+        and not (cjk and _NEGATED_BEFORE_CJK.search(before))
+        and not _NEGATED_AFTER.search(after)
+        and (cjk or _ends_name(after))
+        for before, after in matches
+    )
+
+
+def _ends_name(after: str) -> bool:
+    follower = after.split()[0] if after.split() else "|"
+    return not follower[0].isalnum() or follower in _MAY_FOLLOW or follower.endswith(("n't", "ly"))
 
 
 def _spaced(text: str) -> str:
-    """Lower-case words, numbers and marks of a text, a space around each; articles are kept out."""
-    words = re.findall(
-        r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)?|[^\w\s']", _plain(text).casefold()
-    )
-    kept = [("|" if re.fullmatch(r"[^\w%<>+]", word) and word != "-" else word) for word in words]
-    return " ".join(word for word in kept if word not in _ARTICLES and word != "-")
+    """Lower-case words, numbers and signs with a space between, "|" for any other mark."""
+    bare = _ARTICLE.sub(" ", _plain(text)).casefold()
+    words = re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)?|[^\w\s'-]", bare)
+    return " ".join("|" if re.fullmatch(rf"[^\w{_SIGNS}]", word) else word for word in words)
 
 
 def _judge_text(response: str, reference: str) -> Verdict:
@@ -267,28 +264,20 @@ def _judge_text(response: str, reference: str) -> Verdict:
     supported = [_asserts(statement, reference) for statement in statements]
     if not any(supported):
         return Verdict("false", "another answer")
-    if not all(supported) or any(
-        _names_alternatives(statement, reference) for statement in statements
-    ):
+    if not all(supported) or any(_names_others(part, reference) for part in statements):
         return Verdict("false", "two different answers")
     return Verdict("true", "same answer")
 
 
-def _names_alternatives(statement: str, reference: str) -> bool:
-    """Whether the statement offers something else beside the reference: "asthma or gout", "asthma, gout"."""
-    text = re.sub(re.escape(_spaced(reference)), "@", _spaced(statement))
-    for piece in re.split(r"(?<!\S)(?:or|/)(?!\S)|(?<=\S) \| or ", text)[0:]:
+def _names_others(statement: str, reference: str) -> bool:
+    """Whether something else is offered beside the reference: "asthma or gout", "asthma, gout"."""
+    text = _spaced(statement).replace(_spaced(reference), "@")
+    for piece in re.split(r"(?<!\S)or(?!\S)", text):
         if "@" not in piece and re.search(r"\w", piece) and not _is_denied(piece):
             return True
-    pieces = [
-        piece.strip() for piece in re.split(r"(?<!\S)(?:and|&|\|)(?!\S)", text) if piece.strip()
-    ]
-    if "@" not in pieces:
-        return False
-    return any(
-        "@" not in piece and len(piece.split()) <= _BARE_WORDS and not _is_denied(piece)
-        for piece in pieces
-    )
+    pieces = [piece.strip() for piece in re.split(r"(?<!\S)(?:and|\|)(?!\S)", text)]
+    others = [piece for piece in pieces if piece and "@" not in piece and not _is_denied(piece)]
+    return "@" in pieces and any(len(piece.split()) <= _BARE_WORDS for piece in others)
 
 
 def _is_denied(piece: str) -> bool:
@@ -298,17 +287,20 @@ def _is_denied(piece: str) -> bool:
 # --- refusals ---------------------------------------------------------------------------------
 
 _REFUSAL = re.compile(
-    r"(?:\b(?:do|should|must|may|can|shall)\s*(?:not|n't)\s+(?:be\s+)?(?:given?|used?|administer(?:ed)?|prescribed?|taken?)\b|\bcannot be (?:given|used)\b"
-    r"|\bdon't (?:give|use|administer|prescribe)\b|\b(?:mustn't|shouldn't|can't) be (?:given|used)\b|\bnot (?:be )?(?:given|allowed|permitted)\b"
-    r"|\b(?<!not )contraindicated\b|\bwithhold\b|\bavoid (?:it|this|the drug)\b|\bgive (?:nothing|none|no dose)\b|\bno dose\b)"
+    r"(?:\b(?:do|should|must|may|can|shall)\s*(?:not|n't)\s+(?:be\s+)?"
+    r"(?:given?|used?|administer(?:ed)?|prescribed?|taken?)\b|\bcannot be (?:given|used)\b"
+    r"|\bdon't (?:give|use|administer|prescribe)\b"
+    r"|\b(?:mustn't|shouldn't|can't) be (?:given|used)\b"
+    r"|\bnot (?:be )?(?:given|allowed|permitted)\b|\b(?<!not )contraindicated\b|\bwithhold\b"
+    r"|\bavoid (?:it|this|the drug)\b|\bgive (?:nothing|none|no dose)\b|\bno dose\b)"
     r"(?!\s+(?:more|less|over|above|under|another|additional|extra|with|together|until|than|up)\b)"
 )
 _DENIES_REFUSAL = re.compile(
-    r"\b(?:not|n't|no longer|isn't)\s+(?:true that|contraindicated)|\bno contraindication",
-    re.IGNORECASE,
+    r"\b(?:not|n't|no longer|isn't)\s+(?:true that|contraindicated)|\bno contraindication"
 )
 _REFUSAL_REFERENCE = re.compile(
-    r"(?:do not|must not|should not|don t|never) (?:give|be given|use|be used|administer)|contraindicated|withhold|not allowed|give nothing"
+    r"(?:do not|must not|should not|don t|never) (?:give|be given|use|be used|administer)"
+    r"|contraindicated|withhold|not allowed|give nothing"
 )
 
 
@@ -322,23 +314,15 @@ def _refuses(text: str) -> bool:
 
 
 def _judge_refusal(response: str) -> Verdict:
-    statements = _statements(
-        response,
-        lambda part: _refuses(part) or bool(_quantities(part)) or "give" in part.casefold(),
-    )
-    if not statements:
+    def holds(part: str) -> bool:
+        return _refuses(part) or bool(_quantities(part)) or "give" in part.casefold()
+
+    statements = _statements(response, holds)
+    if not statements or not _refuses(statements[0]):
         return Verdict("false", "another answer")
-    amounts = [
-        q
-        for statement in statements
-        for q in _quantities(_REFUSAL.sub(" ", statement.casefold()))
-        if q.unit in _DOSED
-    ]
-    if not _refuses(statements[0]):
-        return Verdict("false", "another answer")
-    if amounts or not all(
-        _refuses(s) or not re.search(r"\bgive\b", s.casefold()) for s in statements
-    ):
+    rests = [_REFUSAL.sub(" ", _plain(statement).casefold()) for statement in statements]
+    doses = [q for rest in rests for q in _quantities(rest) if q.unit in _DOSED]
+    if doses or any(re.search(r"\bgive\b", rest) and not _refuses(rest) for rest in rests):
         return Verdict("false", "two different answers")
     return Verdict("true", "same answer")
 
@@ -346,68 +330,58 @@ def _judge_refusal(response: str) -> Verdict:
 # --- quantities -------------------------------------------------------------------------------
 
 _NUMBER = (
-    r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|\d{1,3}(?:\.\d{3})+,\d+"
+    r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?"
+    r"|\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|\d{1,3}(?:\.\d{3})+,\d+"
     r"|\d{1,3}(?: \d{3})+(?!\d)(?:[.,]\d+)?|\d+[.,]\d+|\.\d+|\d+)(?![\d])"
 )
+# The first name of a line stands for all of them.
+_UNIT_LINES = """
+mg milligram milligrams mgs ミリグラム 毫克 ; g gram grams gm ; mcg ug μg microgram micrograms
+kg kilogram kilograms kgs キログラム 公斤 ; ml milliliter milliliters millilitre millilitres cc
+dl ; l liter liters litre litres ; times time doses x 回 次 ; day days d 日 daily
+hour hours h hr hrs ; minute minutes min mins ; week weeks weekly ; month months
+year years yr yrs ; % percent ; unit units iu ; tablet tablets pill pills
+dose administration ; mmol ; meq ; mmhg ; bpm ; mm ; cm ; m ; kcal
+"""
 _UNIT_WORDS = {
-    **dict.fromkeys(("mg", "milligram", "milligrams", "mgs", "ミリグラム", "毫克"), "mg"),
-    **dict.fromkeys(("g", "gram", "grams", "gm"), "g"),
-    **dict.fromkeys(("mcg", "ug", "μg", "microgram", "micrograms"), "mcg"),
-    **dict.fromkeys(("kg", "kilogram", "kilograms", "kgs", "キログラム", "公斤"), "kg"),
-    **dict.fromkeys(("ml", "milliliter", "milliliters", "millilitre", "millilitres", "cc"), "ml"),
-    **dict.fromkeys(("l", "liter", "liters", "litre", "litres"), "l"),
-    **dict.fromkeys(("time", "times", "doses", "x", "回", "次"), "times"),
-    **dict.fromkeys(("day", "days", "d", "日", "daily"), "day"),
-    **dict.fromkeys(("hour", "hours", "h", "hr", "hrs"), "hour"),
-    **dict.fromkeys(("minute", "minutes", "min", "mins"), "minute"),
-    **dict.fromkeys(("week", "weeks", "weekly"), "week"),
-    **dict.fromkeys(("month", "months"), "month"),
-    **dict.fromkeys(("year", "years", "yr", "yrs"), "year"),
-    **dict.fromkeys(("%", "percent"), "%"),
-    **dict.fromkeys(("unit", "units", "iu"), "unit"),
-    **dict.fromkeys(("tablet", "tablets", "pill", "pills"), "tablet"),
-    **dict.fromkeys(("dose", "administration"), "dose"),
-    **dict.fromkeys(("mmol", "meq", "mmhg", "bpm", "mm", "cm", "m", "kcal"), ""),
-}  # fmt: skip
-_UNIT_WORDS.update(
-    {name: name for name in ("mmol", "meq", "mmhg", "bpm", "mm", "cm", "m", "kcal", "dl")}
-)
-_SCALES = {
-    "g": ("mg", Fraction(1000)),
-    "mcg": ("mg", Fraction(1, 1000)),
-    "l": ("ml", Fraction(1000)),
-    "dl": ("ml", Fraction(100)),
+    word: names.split()[0] for names in re.split(r"[;\n]", _UNIT_LINES) for word in names.split()
 }
+_SCALES = {"g": ("mg", Fraction(1000)), "mcg": ("mg", Fraction(1, 1000))}
+_SCALES |= {"l": ("ml", Fraction(1000)), "dl": ("ml", Fraction(100))}
 _UNIT = "|".join(sorted((re.escape(word) for word in _UNIT_WORDS), key=len, reverse=True))
 _PER = r"(?:\s*/\s*|\s+(?:per|a|an|each|every|for each|for every)\s+(?:1\s+)?|\s+(?=daily|weekly))"
 _WORD_END = r"(?![a-zµμ])"
 _QUANTITY = re.compile(
-    rf"(?P<bound>(?:less than|below|under|fewer than|more than|above|over|greater than|[<>≤≥])\s*)?"
+    r"(?P<bound>(?:less than|below|under|fewer than|more than|above|over|greater than|[<>≤≥])\s*)?"
     rf"(?P<number>{_NUMBER})(?P<power>\s*(?:x|×)\s*10\^?\d+)?"
     rf"(?:\s*-?\s*(?P<unit>{_UNIT}){_WORD_END}(?P<per>(?:{_PER}(?:{_UNIT}){_WORD_END})*))?"
 )
 _PER_PART = re.compile(rf"{_PER}({_UNIT}){_WORD_END}")
 _NEUTRAL = re.compile(
-    r"\b(?:a|per|each|every|for each|at a|in a|in one|as a|for one)\s+(?:single\s+)?(?:dose|time|administration|occasion|intake)\b|/\s*dose\b|\b(?:at most|up to|a maximum of|maximum|max\.?|about|approximately|around|roughly|exactly|only)\b|(?<=\d)\s*(?:回分)"
+    r"\b(?:a|per|each|every|for each|at a|in a|in one|as a|for one)\s+(?:single\s+)?"
+    r"(?:dose|time|administration|occasion|intake)\b|/\s*dose\b"
+    r"|\b(?:at most|up to|a maximum of|maximum|max\.?|about|approximately|around|roughly|exactly"
+    r"|only)\b"
 )
 _DOSED = {"mg", "ml", "unit", "tablet", ""}
-_RANGE = re.compile(rf"(?<=\d)\s*(?:-|to|~)\s*(?=\d)")
+_RANGE = re.compile(r"(?<=\d)\s*(?:-|to|~)\s*(?=\d)")
+_IN_WORDS = re.compile(r"\b(?:" + "|".join(_NUMBER_WORDS) + r")\b(?! of\b)")
 
 
 def _quantities(text: str) -> list[Quantity]:
-    """Every number of a text with its unit, scaled to mg or ml; counts of "a day" are the same as counts."""
-    lowered = _plain(text).casefold()
-    lowered = re.sub(
-        r"\b(?:" + "|".join(_NUMBER_WORDS) + r")\b(?! of\b)", lambda m: _NUMBER_WORDS[m[0]], lowered
-    )
-    lowered = _NEUTRAL.sub(" ", lowered)
-    lowered = _RANGE.sub(" to ", lowered)
-    found = []
-    for match in _QUANTITY.finditer(lowered):
-        if _is_negated(lowered[: match.start()]) or _is_part_of_fraction(lowered, match):
-            continue
-        found.append(_quantity(match))
-    return found
+    """Every number of a text with its unit, scaled to mg or ml; "2 times a day" is 2 times."""
+    text = _in_digits(text)
+    return [
+        _quantity(match)
+        for match in _QUANTITY.finditer(text)
+        if not _is_negated(text[: match.start()]) and not _is_part_of_fraction(text, match)
+    ]
+
+
+def _in_digits(text: str) -> str:
+    """Lower case, number words as digits, without words that leave an amount as it is."""
+    text = _IN_WORDS.sub(lambda m: _NUMBER_WORDS[m[0]], _plain(text).casefold())
+    return _RANGE.sub(" to ", _NEUTRAL.sub(" ", text))
 
 
 def _quantity(match: re.Match) -> Quantity:
@@ -431,49 +405,34 @@ def _bound(words: str | None) -> str:
 
 def _number(text: str) -> Fraction:
     text = text.replace(" ", "").lstrip("+")
-    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text) and not text.lstrip("-").startswith(
-        "0"
-    ):
+    if re.fullmatch(r"-?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", text):
         return Fraction(text.replace(",", ""))
     if re.fullmatch(r"-?\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|-?\d{1,3}(?:\.\d{3})+,\d+", text):
         return Fraction(text.replace(".", "").replace(",", "."))
     return Fraction(text.replace(",", "."))
 
 
+_DENIED = re.compile(
+    rf"\b(?:not|never|n't|rather than|instead of|other than)\s+{_BETWEEN}(?:give\s+)?$"
+)
+
+
 def _is_negated(before: str) -> bool:
-    return (
-        re.search(
-            rf"\b(?:not|never|n't|rather than|instead of|other than)\s+{_BETWEEN}(?:give\s+)?$",
-            before,
-        )
-        is not None
-    )
+    return _DENIED.search(before) is not None
 
 
 def _is_part_of_fraction(text: str, match: re.Match) -> bool:
     """120/80, 1/2: no plain number."""
-    after = text[match.end("number") :]
-    return (
-        re.match(r"\s*[/:]\s*\d", after) is not None
-        or re.search(r"\d\s*[/:]\s*$", text[: match.start()]) is not None
-    )
+    before, after = text[: match.start()], text[match.end("number") :]
+    return bool(re.match(r"\s*[/:]\s*\d", after) or re.search(r"\d\s*[/:]\s*$", before))
 
 
 def _whole_quantity(text: str) -> Quantity | None:
     """The quantity that is the whole text, if one is."""
-    stripped = text.strip().rstrip(".")
-    found = _quantities(stripped)
-    if len(found) != 1:
-        return None
-    lowered = _NEUTRAL.sub(
-        " ",
-        re.sub(
-            r"\b(?:" + "|".join(_NUMBER_WORDS) + r")\b",
-            lambda m: _NUMBER_WORDS[m[0]],
-            _plain(stripped).casefold(),
-        ),
-    )
-    return found[0] if not re.search(r"\w", _QUANTITY.sub(" ", lowered, count=1)) else None
+    text = text.strip().rstrip(".")
+    found = _quantities(text)
+    rest = _QUANTITY.sub(" ", _in_digits(text), count=1)
+    return found[0] if len(found) == 1 and not re.search(r"\w", rest) else None
 
 
 def _judge_quantity(response: str, wanted: Quantity) -> Verdict:
@@ -489,18 +448,15 @@ def _judge_quantity(response: str, wanted: Quantity) -> Verdict:
 
 
 def _candidates(statement: str, wanted: Quantity) -> list[Quantity]:
-    """The quantities a statement offers as its answer: behind the last "=", and of the wanted kind if any is."""
+    """What a statement offers as its answer: behind the last "=", of the wanted kind if any is."""
     offered = _quantities(statement.rpartition("=")[2])
+    bare = [quantity for quantity in offered if not quantity.unit]
     same = [quantity for quantity in offered if quantity.unit == wanted.unit]
     if same:
-        rivals = [q for q in offered if not q.unit and _follows_or(statement)]
-        return same + rivals
-    bare = [quantity for quantity in offered if not quantity.unit]
-    if not wanted.unit:
-        return bare or offered
-    return (
-        bare or [q for q in offered if q.unit.split("/")[0] == wanted.unit.split("/")[0]] or offered
-    )
+        return [*same, *(bare if _follows_or(statement) else [])]
+    kind = wanted.unit.split("/")[0]
+    akin = [quantity for quantity in offered if kind and quantity.unit.split("/")[0] == kind]
+    return bare or akin or offered
 
 
 def _follows_or(statement: str) -> bool:
@@ -516,7 +472,14 @@ def _with_unit_of(quantity: Quantity, wanted: Quantity) -> Quantity:
 
 # --- options ----------------------------------------------------------------------------------
 
-_CUED_LETTERS = r"(?:is|was|would be|should be|:|=|chose|choose|choice|option|select|pick|letter|はは?|是|选|選)\s*(?:the\s+)?(?:option|choice|letter)?\s*[:\-]?\s*"
+_CUED_LETTERS = (
+    r"(?:is|was|would be|should be|:|=|chose|choose|choice|option|select|pick|letter|は|是|选|選)"
+    r"\s*(?:the\s+)?(?:option|choice|letter)?\s*[:\-]?\s*"
+)
+_CUES_LETTERS = re.compile(
+    r"\b(?:answer|choice|choose|chose|select|pick|correct|right|option)\b|答|选|選|正解",
+    re.IGNORECASE,
+)
 
 
 def _judge_option(response: str, reference: str, options: Mapping[str, str]) -> Verdict:
@@ -542,35 +505,13 @@ def _letter_of(reference: str, options: Mapping[str, str]) -> str | None:
 
 
 def _named_letters(response: str, options: Mapping[str, str]) -> set[str]:
-    """Letters given as the answer: in cued sentences, else at the start of a line, else as "option B"."""
+    """Letters given as the answer: in cued sentences, else at the start, else as "option B"."""
     text = _plain(response).strip()
     letters = "".join(re.escape(letter) for letter in options)
-    one = rf"\(?(?P<letter>[{letters}])\)?(?![\w'])"
-    several = rf"(?P<more>(?:\s*(?:,|/|&|and|or|または|か|和|或)\s*(?:option\s+)?\(?[{letters}]\)?(?![\w']))*)"
-    lone = re.fullmatch(rf"\W*(?P<letter>[{letters}{letters.lower()}])\W*", text)
+    lone = re.fullmatch(rf"\W*([{letters}{letters.lower()}])\W*", text)
     if lone:
-        return {lone["letter"].upper() if lone["letter"] not in options else lone["letter"]}
-    cued: set[str] = set()
-    for sentence in _sentences(text):
-        cue = re.search(
-            r"\b(?:answer|choice|choose|chose|select|pick|correct|right|option)\b|答|选|選|正解",
-            sentence,
-            re.IGNORECASE,
-        )
-        if not cue:
-            continue
-        for match in re.finditer(rf"{_CUED_LETTERS}{one}{several}", sentence, re.IGNORECASE):
-            given = [
-                letter
-                for letter in re.findall(rf"[{letters}](?![\w'])", match["letter"] + match["more"])
-            ]
-            if not given or _is_article(match, sentence) or _letter_denied(sentence, match):
-                continue
-            cued.update(given)
-        for match in re.finditer(
-            rf"{one}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)", sentence
-        ):
-            cued.add(match["letter"])
+        return {lone[1] if lone[1] in options else lone[1].upper()}
+    cued = {letter for sentence in _sentences(text) for letter in _cued_letters(sentence, letters)}
     if cued:
         return cued
     leading = re.match(
@@ -584,8 +525,21 @@ def _named_letters(response: str, options: Mapping[str, str]) -> set[str]:
     return {letter for letter in (*leading.groups(), also and also[1], *lines) if letter}
 
 
+def _cued_letters(sentence: str, letters: str) -> Iterator[str]:
+    if not _CUES_LETTERS.search(sentence):
+        return
+    one = rf"\(?(?P<letter>[{letters}])\)?(?![\w'])"
+    joined = r"\s*(?:,|/|&|and|or|または|か|和|或)\s*(?:option\s+)?"
+    several = rf"(?P<more>(?:{joined}\(?[{letters}]\)?(?![\w']))*)"
+    for match in re.finditer(rf"{_CUED_LETTERS}{one}{several}", sentence, re.IGNORECASE):
+        if not _is_article(match, sentence) and not _letter_denied(sentence, match):
+            yield from re.findall(rf"[{letters}](?![\w'])", match["letter"] + match["more"])
+    for match in re.finditer(rf"{one}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)", sentence):
+        yield match["letter"]
+
+
 def _listed_letters(text: str, letters: str) -> set[str]:
-    """ "A or B", "not A but C", "B aspirin" without further words around."""
+    """Letters in "A or B …", "not A but C", "option B"."""
     found = set()
     start = re.match(
         rf"\(?([{letters}])\)?\s*(?:,|/|&|and|or)\s*\(?([{letters}])\)?(?![\w'])", text
@@ -599,26 +553,22 @@ def _listed_letters(text: str, letters: str) -> set[str]:
 
 
 def _is_article(match: re.Match, sentence: str) -> bool:
-    """ "The answer is A dose of …", "is a dose": the letter is a word of the sentence."""
-    letter, after = match["letter"], sentence[match.end() :]
-    return (
-        letter in "AI"
-        and match["more"] == ""
-        and re.match(r"\s+[a-z]", after) is not None
-        and "(" not in match[0]
-    )
+    """The letter is a word of the sentence: "The answer is A dose of …"."""
+    word_follows = re.match(r"\s+[a-z]", sentence[match.end() :]) is not None
+    return match["letter"] in "AI" and not match["more"] and word_follows and "(" not in match[0]
 
 
 def _letter_denied(sentence: str, match: re.Match) -> bool:
     before = sentence[: match.start("letter")].casefold().rstrip(" (")
     after = sentence[match.end() :].casefold()
-    return re.search(
-        r"\bnot(?:\s+(?:option|choice))?$|n't(?:\s+(?:option|choice))?$", before
-    ) is not None or (re.match(r"\s*(?:is|was)\s+(?:not|wrong|incorrect|false)", after) is not None)
+    return bool(
+        re.search(r"(?:\bnot|n't)(?:\s+(?:option|choice))?$", before)
+        or re.match(r"\s*(?:is|was)\s+(?:not|wrong|incorrect|false)", after)
+    )
 
 
 def _asserted_options(response: str, options: Mapping[str, str]) -> set[str]:
-    """Letters of the options whose text the response gives; the longer of two nested texts counts."""
+    """Letters of the options whose text is given; of two nested texts the longer counts."""
     right = {
         letter
         for letter, text in options.items()

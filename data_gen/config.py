@@ -1,19 +1,21 @@
 """The configuration of `data-gen run`: strict models, YAML with dotted overrides.
 
 Relative paths are relative to the folder the command runs in. A teacher is a `base_url` or the
-built-in `simulated` one; nothing is taken from the environment but the key that `api_key_env` names.
+built-in `simulated` one; nothing is taken from the environment but the key that `api_key_env`
+names.
 """
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_gen.records import describe_error
 
+Settings = TypeVar("Settings", bound=BaseModel)
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -143,7 +145,7 @@ class Rewrite(BaseModel, extra="forbid"):
 
 
 class Pairs(BaseModel, extra="forbid"):
-    """Preference pairs: where both sides come from, how many a problem and form, how many at all."""
+    """Preference pairs: where both sides come from, k a problem and form, at most `cap` in all."""
 
     chosen: list[Literal["sft", "sample"]] = ["sft", "sample"]
     rejected: list[Literal["trace", "sample"]] = ["trace", "sample"]
@@ -190,10 +192,23 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"{path}: a configuration is a mapping of fields, found {data!r}"[:200])
     for override in overrides:
         _override(data, override)
+    return check_settings(Config, data, str(path))
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """The mapping that `a.b=c` settings make, values read as YAML."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _override(data, override)
+    return data
+
+
+def check_settings(model: type[Settings], data: dict[str, Any], where: str) -> Settings:
+    """The settings, checked; an unknown field is named with the nearest that exists."""
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_explain(error)}") from None
+        raise ValueError(f"{where}: {_explain(error, model)}") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -202,7 +217,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: it should be field.field=value")
     *folders, last = name.split(".")
     for folder in folders:
-        if data.get(folder) is None:
+        if folder not in data or data[folder] is None:
             data[folder] = {}
         data = data[folder]
         if not isinstance(data, dict):
@@ -213,19 +228,18 @@ def _override(data: dict[str, Any], override: str) -> None:
         data[last] = text
 
 
-def _explain(error: ValidationError) -> str:
-    unknown = [first for first in error.errors() if first["type"] == "extra_forbidden"]
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
     if not unknown:
         return describe_error(error)
     *place, name = (str(part) for part in unknown[0]["loc"])
-    allowed = _fields_at(place)
+    allowed = _fields_at(model, place)
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)
     where = ".".join([*place, name])
     return f"unknown field {where}; did you mean {near[0]}? allowed: {', '.join(allowed)}"
 
 
-def _fields_at(place: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _fields_at(model: type[BaseModel], place: list[str]) -> list[str]:
     for name in place:
         annotation = model.model_fields[name].annotation
         choices = [annotation, *get_args(annotation)]

@@ -1,6 +1,7 @@
 """Which training texts hold an evaluation item?
 
-Texts share a window when `window` consecutive characters are equal after normalisation (64, the rule
+Texts share a window when `window` consecutive characters are equal after normalisation (64, the
+rule
 of Med-PaLM 2). Rule "paper" drops a text for one shared window. Rule "coverage" drops it when the
 windows shared with one item cover `coverage` of the shorter of both texts, so that a common phrase
 costs nothing. A text shorter than a window has none: it is dropped only if question and answer are
@@ -50,10 +51,10 @@ class Decontaminator:
 
     def find(self, text: str, answer: str = "") -> Hit | None:
         """The first evaluation item that the text holds; None for a clean text."""
+        equal = self.find_equal(text, answer)
+        if equal is not None:
+            return equal
         text = squeeze(text)
-        same = self._equal.get((text, squeeze(answer)))
-        if same is not None:
-            return Hit(same, "equal", 1.0)
         shared = self._shared_windows(text)
         if self._rule == "paper":
             return Hit(min(shared), "window", self._covered(text, shared)) if shared else None
@@ -62,6 +63,11 @@ class Decontaminator:
             if covered >= self._coverage:
                 return Hit(item, "coverage", covered)
         return None
+
+    def find_equal(self, text: str, answer: str) -> Hit | None:
+        """The evaluation item with this question and this answer."""
+        same = self._equal.get((squeeze(text), squeeze(answer)))
+        return None if same is None else Hit(same, "equal", 1.0)
 
     def _add(self, item: Item) -> None:
         text = squeeze(item.question)

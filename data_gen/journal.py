@@ -1,6 +1,7 @@
 """The journal of teacher calls: what was paid for once is never asked again.
 
-Append-only SQLite. A call's key is a hash of what was asked (not of where), so a resumed run, or one
+Append-only SQLite. A call's key is a hash of what was asked (not of where), so a resumed run, or
+one
 with another endpoint for the same model, finds its answers. An answer is on disk before it is used:
 answers that arrive within a few milliseconds share one commit. One process writes at a time.
 """
@@ -56,7 +57,7 @@ class Call(NamedTuple):
 def call_key(
     alias: str, messages: list[dict[str, str]], settings: dict[str, Any], sample: int
 ) -> str:
-    """sha256 of what is asked: the model's alias, the messages, the settings, the sample's index."""
+    """sha256 of what is asked: the model's alias, messages, settings, the sample's index."""
     return hashlib.sha256(canonical_json([alias, messages, settings, sample]).encode()).hexdigest()
 
 
@@ -122,6 +123,7 @@ class Journal:
         """Give the file free; call `drain` first."""
         self._thread.shutdown()
         self._reader.close()
+        self._db.execute("PRAGMA journal_mode=DELETE")  # one file, no -wal beside it
         self._db.close()
         self._lock.close()
 
@@ -198,7 +200,7 @@ def now() -> float:
 
 
 def _take_lock(path: Path) -> Any:
-    lock = open(f"{path}.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the journal's life)
+    lock = open(f"{path}.lock", "a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

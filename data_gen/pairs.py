@@ -26,6 +26,9 @@ class _Sides(NamedTuple):
     wrong: list[_Answer]
 
 
+_Forms = dict[tuple[str, bool], _Sides]  # by problem and whether an explanation is given
+
+
 class Paired(NamedTuple):
     """The pairs, and what was left out and why."""
 
@@ -49,7 +52,7 @@ def make_pairs(
     """At most k pairs a problem and form, at most `cap` in all (the same ones in any order)."""
     by_id = {problem.id: problem for problem in problems}
     left_out: Counter[str] = Counter()
-    sides: dict[tuple[str, bool], _Sides] = defaultdict(lambda: _Sides([], []))
+    sides: _Forms = defaultdict(lambda: _Sides([], []))
     for form in explain:
         if "sft" in chosen:
             _add_sft(sides, sft, form, by_id)
@@ -68,16 +71,22 @@ def make_pairs(
     return Paired(_capped(pairs, cap, seed, left_out), dict(sorted(left_out.items())))
 
 
-def _add_sft(sides, sft: Iterable[Sft], form: bool, by_id: dict[str, Problem]) -> None:
+def _add_sft(sides: _Forms, sft: Iterable[Sft], form: bool, by_id: dict[str, Problem]) -> None:
+    """Without an explanation every record's response counts; with one, those that think do."""
     for record in sft:
-        if record.problem_id not in by_id or (record.thinking != "") != form:
+        if record.problem_id not in by_id or (form and not record.thinking):
             continue
-        answer = _Answer(record.thinking, record.response, record.kind)
+        thinking = record.thinking if form else ""
+        answer = _Answer(thinking, record.response, record.kind)
         sides[record.problem_id, form].right.append(answer)
 
 
 def _add_failed(
-    sides, traces: Iterable[Trace], form: bool, by_id: dict[str, Problem], left_out: Counter[str]
+    sides: _Forms,
+    traces: Iterable[Trace],
+    form: bool,
+    by_id: dict[str, Problem],
+    left_out: Counter[str],
 ) -> None:
     """Attempts that the verifier found false and the rule does not find true."""
     for trace in traces:
@@ -93,7 +102,7 @@ def _add_failed(
 
 
 def _add_candidate(
-    sides,
+    sides: _Forms,
     candidate: Candidate,
     by_id: dict[str, Problem],
     chosen: Collection[str],
@@ -123,7 +132,10 @@ def _parts(candidate: Candidate) -> tuple[str, str] | None:
 
 def _once(answers: Sequence[_Answer]) -> list[_Answer]:
     """Each text once, the first kind it came with."""
-    return list({(answer.thinking, answer.response): answer for answer in reversed(answers)}.values())[::-1]
+    first: dict[tuple[str, str], _Answer] = {}
+    for answer in answers:
+        first.setdefault((answer.thinking, answer.response), answer)
+    return list(first.values())
 
 
 def _pair(

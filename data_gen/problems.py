@@ -17,7 +17,8 @@ from data_gen.teacher import Teacher, Unreadable
 LABELS = ("Pass", "Too Simple", "Ambiguous Answer", "Not Reformulatable")
 
 _NEGATIVE = re.compile(
-    r"\bexcept\b|\bleast likely\b|\b(?:incorrect|false|wrong|untrue) (?:option|statement|answer|one)\b"
+    r"\bexcept\b|\bleast likely\b"
+    r"|\b(?:incorrect|false|wrong|untrue) (?:option|statement|answer|one)\b"
     r"|\bwhich\b[^.?]{0,60}\b(?:is|are) (?:not|incorrect|false|wrong|untrue)\b|\bnot true\b"
     r"|不正确|错误的|不包括|誤って|誤りは|適切でない|正しくない|でないのは",
     re.IGNORECASE,
@@ -28,7 +29,8 @@ _SEVERAL = re.compile(
     re.IGNORECASE,
 )
 _COMBINED = re.compile(
-    r"^(?:all|none|both|neither|any) (?:of|are)\b|^(?:both )?\(?[a-e]\)?,? (?:and|&) \(?[a-e]\)?\.?$",
+    r"^(?:all|none|both|neither|any) (?:of|are)\b"
+    r"|^(?:both )?\(?[a-e]\)?,? (?:and|&) \(?[a-e]\)?\.?$",
     re.IGNORECASE,
 )
 
@@ -113,7 +115,7 @@ def parse_reformat(text: str) -> tuple[str, str]:
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
-    """The JSON object that a reply is, with or without a code fence; line breaks in texts are kept."""
+    """The JSON object that a reply is, in a code fence or not; line breaks in texts are kept."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else text, strict=False)

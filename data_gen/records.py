@@ -1,6 +1,7 @@
 """The record kinds that cross a disk: JSON Lines, UTF-8, one record a line, unknown fields kept.
 
-`id` is a content hash: a record that is left without one gets the hash of its defining fields. Problems and SFT
+`id` is a content hash: a record that is left without one gets the hash of its defining fields.
+Problems and SFT
 records carry the spelling of the published HuatuoGPT-o1 files beside ours and are read from either.
 """
 
@@ -37,7 +38,7 @@ def content_id(content: Mapping[str, Any]) -> str:
 
 
 def hash_fraction(*parts: object) -> float:
-    """A number in [0, 1) that depends on the parts only: the seeded choice that no order of work can change."""
+    """A number in [0, 1) that depends on the parts only, so on no order of work."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
@@ -211,7 +212,7 @@ class Rejected(BaseModel, extra="allow"):
 
 
 def read_records(path: str | Path, model: type[Model]) -> list[Model]:
-    """Every record of a JSON Lines file; a bad line is a ValueError naming file, line, field and value."""
+    """Every record of a file; a bad line is a ValueError naming file, line, field and value."""
     return list(iterate_records(path, model))
 
 
@@ -247,7 +248,7 @@ def write_records(path: str | Path, records: Iterable[BaseModel | Mapping[str, A
 
 
 def write_atomically(path: str | Path, chunks: Iterable[str]) -> None:
-    """Replace a file by the text in one step: a reader or a crash sees the old file or the new one."""
+    """Replace a file in one step: a reader or a crash sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

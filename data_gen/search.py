@@ -1,7 +1,7 @@
 """The search for a verified conclusion (HuatuoGPT-o1, arXiv 2412.18925, §3.1 and Algorithm 1).
 
-A chain starts with an initial chain of thought; while the verifier finds its conclusion false, one of
-four strategies is drawn and the new steps are spliced on: old[:-1] + new, so that the new first
+A chain starts with an initial chain of thought; while the verifier finds its conclusion false, one
+of four strategies is drawn and the new steps are spliced on: old[:-1] + new, so that the new first
 Verification replaces the old last one. At most N rethinks a chain, T chains a problem.
 """
 

@@ -44,7 +44,7 @@ class Parsed(NamedTuple, Generic[Value]):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a role's calls go and with which settings; `alias` stands for the model in the journal."""
+    """Where a role's calls go, with which settings; the journal knows the model by `alias`."""
 
     role: str
     base_url: str

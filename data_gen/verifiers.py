@@ -1,4 +1,4 @@
-"""Verifiers: does a conclusion give the reference answer? One interface, by rule or by a teacher."""
+"""Verifiers: does a conclusion give the reference answer? By rule or by a teacher."""
 
 from typing import Protocol
 
@@ -40,7 +40,7 @@ class TeacherVerifier:
 
 
 def parse_verdict(text: str) -> bool:
-    """True or False for exactly that word, give or take a full stop; anything else is unreadable."""
+    """True or False for exactly that word, a full stop aside; all else is unreadable."""
     word = text.strip().removesuffix(".").rstrip()
     if word not in ("True", "False"):
         raise Unreadable("it should be exactly one word, True or False")

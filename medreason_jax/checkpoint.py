@@ -28,7 +28,9 @@ class StateCheckpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
+        )
         self.manager.save(step, args=args)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:

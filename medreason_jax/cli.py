@@ -16,7 +16,9 @@ app = typer.Typer(
     help="Turn an open base model into a domain reasoning model with checkable answers.",
 )
 Config = Annotated[Path, typer.Argument(help="YAML file")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="override a field: a.b=value (repeatable)")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="override a field: a.b=value (repeatable)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -136,14 +138,24 @@ def exit_code_of(call: Callable[[], Any]) -> int:
     return 0
 
 
+def run_arguments(arguments: list[str]) -> None:
+    """Parse and run one command; what is wrong with the arguments is a ValueError of one line."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="medreason", standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's own errors
+            raise ValueError(error.format_message()) from None
+        raise
+    if code:
+        raise SystemExit(code)
+
+
 def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        sys.exit(exit_code_of(lambda: app(standalone_mode=False)))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+    sys.exit(exit_code_of(lambda: run_arguments(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class TrainConfig(RunConfig):
     @model_validator(mode="after")
     def _one_length(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give steps or epochs, not both: steps={self.steps}, epochs={self.epochs}")  # fmt: skip
+            raise ValueError(
+                f"give steps or epochs, not both: steps={self.steps}, epochs={self.epochs}"
+            )
         return self
 
 
@@ -104,7 +106,9 @@ class PPOConfig(RunConfig):
     @model_validator(mode="after")
     def _whole_minibatches(self):
         if self.rollouts % self.minibatches:
-            raise ValueError(f"rollouts={self.rollouts} is not a multiple of minibatches={self.minibatches}")  # fmt: skip
+            raise ValueError(
+                f"rollouts={self.rollouts} is not a multiple of minibatches={self.minibatches}"
+            )
         return self
 
 
@@ -148,13 +152,15 @@ class TokenizerConfig(Strict):
 
 
 class QuestionBankConfig(Strict):
-    """A question bank in MedQA's format, part for training and part kept for evaluation."""
+    """The first questions of a bank in MedQA's format, split by group, and a corpus of texts."""
 
     path: Path
-    limit: Positive
-    test_items: Positive
+    questions: Positive
+    source: str
+    dev_share: Share = 0.1
+    test_share: Share = 0.4
     corpus: Path
-    corpus_limit: Positive
+    documents: Positive
 
 
 class CandidatesConfig(Strict):
@@ -179,7 +185,9 @@ class StageConfig(Strict):
     @model_validator(mode="after")
     def _fitting_options(self):
         if self.replay > 0 and self.kind != "sft":
-            raise ValueError(f"replay={self.replay} is for kind sft, stage {self.name!r} is {self.kind}")  # fmt: skip
+            raise ValueError(
+                f"replay={self.replay} is for kind sft, stage {self.name!r} is {self.kind}"
+            )
         if self.candidates is not None and self.kind != "prefer":
             raise ValueError(f"candidates are for kind prefer, stage {self.name!r} is {self.kind}")
         return self
@@ -213,7 +221,9 @@ class RecipeConfig(Strict):
     @model_validator(mode="after")
     def _connected(self):
         if "teacher" not in self.data_gen:
-            raise ValueError("data_gen.teacher is missing; give a reasoner with base_url or simulated")
+            raise ValueError(
+                "data_gen.teacher is missing; give a reasoner with base_url or simulated"
+            )
         if (self.formulary is None) == (self.question_bank is None):
             raise ValueError("give formulary or question_bank, one of the two")
         seen = ["base"]
@@ -222,7 +232,8 @@ class RecipeConfig(Strict):
                 raise ValueError(f"stages: the name {stage.name!r} is used twice")
             if stage.start is not None and stage.start not in seen:
                 raise ValueError(
-                    f"stages.{stage.name}.start={stage.start!r} is not a stage before it; allowed: {seen}"
+                    f"stages.{stage.name}.start={stage.start!r} is no stage before it; "
+                    f"allowed: {seen}"
                 )
             seen.append(stage.name)
         return self

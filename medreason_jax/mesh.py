@@ -27,8 +27,13 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 # Logical axes of activations.
 ACTIVATION_AXES = {
-    "batch": BATCH, "time": None, "model": None, "mlp": "tensor", "heads": "tensor", None: None
-}  # fmt: skip
+    "batch": BATCH,
+    "time": None,
+    "model": None,
+    "mlp": "tensor",
+    "heads": "tensor",
+    None: None,
+}
 
 
 def start_processes() -> None:
@@ -42,14 +47,14 @@ def start_processes() -> None:
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A data x fsdp x tensor mesh over all devices of all processes; -1 for data takes what is left."""
+    """A data x fsdp x tensor mesh over all devices of all processes; data=-1 takes the rest."""
     found = jax.device_count()
     if data == -1:
         data = max(found // (fsdp * tensor), 1)
     if data * fsdp * tensor != found:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, "
-            f"found {found}; set the three so that their product is {found}"
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} "
+            f"devices, found {found}; set the three so that their product is {found}"
         )
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -68,7 +73,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def path_name(path) -> str:
     """`layers.self_attn.q_proj.kernel` for a key path of a tree."""
-    return ".".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)  # fmt: skip
+    return ".".join(
+        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+        for part in path
+    )
 
 
 def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
@@ -90,7 +98,7 @@ def tree_shardings(mesh: Mesh, tree):
             parts = 1 if axis is None else mesh.shape[axis]
             if size % parts:
                 raise ValueError(
-                    f"{name} has a dimension of {size}, which mesh axis {axis}={parts} does not divide; "
+                    f"{name} has a dimension of {size}, not a multiple of axis {axis}={parts}; "
                     f"choose {axis} among the divisors of {size}"
                 )
         return NamedSharding(mesh, spec)
@@ -127,7 +135,9 @@ class TokenShards:
         )
 
 
-def put_rows(mesh: Mesh, rows_of: Callable[[slice], np.ndarray], shape: tuple[int, ...]) -> jax.Array:
+def put_rows(
+    mesh: Mesh, rows_of: Callable[[slice], np.ndarray], shape: tuple[int, ...]
+) -> jax.Array:
     """A global [B, ...] array of which each process reads only the rows that its devices hold."""
     return jax.make_array_from_callback(
         shape, batch_sharding(mesh), lambda index: rows_of(index[0])[(slice(None), *index[1:])]

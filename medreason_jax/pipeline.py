@@ -1,7 +1,7 @@
 """`medreason run`: data generation, training stages, evaluations, export and report, each once.
 
-Every step leaves its result under `runs/<name>/` with a manifest that appears last; a second run finds the
-manifests and goes on where the first one stopped.
+Every step leaves its result under `runs/<name>/` with a manifest that appears last; a second run
+finds the manifests and goes on where the first one stopped.
 """
 
 import copy
@@ -20,11 +20,19 @@ from typing import Any
 import jax
 import yaml
 
-from medreason_jax.config import EvaluateConfig, PPOConfig, RecipeConfig, StageConfig, TrainConfig, save_yaml, validate  # fmt: skip
+from medreason_jax.config import (
+    EvaluateConfig,
+    PPOConfig,
+    RecipeConfig,
+    StageConfig,
+    TrainConfig,
+    save_yaml,
+    validate,
+)
 from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
 from medreason_jax.data.prepare import read_lines
 from medreason_jax.data.tokenizer_training import train_tokenizer
-from medreason_jax.evaluate.runner import evaluate, question_text, write_lines
+from medreason_jax.evaluate.runner import PREFIX, evaluate, prediction, question_text, write_lines
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.qwen2.huggingface import export_folder
 from medreason_jax.qwen2.load import load_model, save_model
@@ -68,7 +76,8 @@ def run_lock(root: Path):
     except BlockingIOError:
         file.seek(0)
         raise ValueError(
-            f"{root} is in use by {file.read().strip() or 'another run'}; wait for it or choose another name"
+            f"{root} is in use by {file.read().strip() or 'another run'}; "
+            "wait for it or choose another name"
         ) from None
     file.truncate(0)
     file.write(f"host {socket.gethostname()} pid {os.getpid()}")
@@ -111,12 +120,21 @@ def generate_data(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
     clock = Clock(folder / "seconds.json")
     bank = folder / "bank"
     with clock:
-        if not (bank / "bank.jsonl").is_file():
-            make_bank(recipe, bank)
+        if not bank.is_dir():
+            partial = bank.with_name("bank.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            make_bank(recipe, partial)
+            os.replace(partial, bank)
         config = folder / "data_gen.yaml"
-        config.write_text(yaml.safe_dump(data_gen_config(recipe, bank, folder / "generated"), sort_keys=False))  # fmt: skip
+        config.write_text(
+            yaml.safe_dump(data_gen_config(recipe, bank, folder / "generated"), sort_keys=False)
+        )
         data_gen("run", str(config))
-    manifest = {"kind": "data", "seconds": round(clock.total, 1), "corpus": str(bank / "corpus.jsonl")}
+    manifest = {
+        "kind": "data",
+        "seconds": round(clock.total, 1),
+        "corpus": str(bank / "corpus.jsonl"),
+    }
     generated = folder / "generated"
     manifest |= {name: str(generated / f"{name}.jsonl") for name in ("sft", "rl", "pairs")}
     manifest |= {split: str(bank / f"{split}.jsonl") for split in ("dev", "test")}
@@ -126,21 +144,43 @@ def generate_data(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
 
 
 def make_bank(recipe: RecipeConfig, bank: Path) -> None:
+    """The folder `bank`: bank, corpus, dev and test files, and what the simulated teacher knows."""
     if recipe.formulary is not None:
-        settings = [f"--set={name}={value}" for name, value in recipe.formulary.items() if name != "seed"]
+        settings = [
+            f"--set={name}={value}" for name, value in recipe.formulary.items() if name != "seed"
+        ]
         seed = recipe.formulary.get("seed", recipe.seed)
         data_gen("formulary", "--seed", str(seed), "--out", str(bank), *settings)
         return
     source = recipe.question_bank
     assert source is not None
-    for path in (source.path, source.corpus):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; set MEDREASON_DATA or edit question_bank")
+    questions = read_lines(source.path)[: source.questions]
+    documents = read_lines(source.corpus)[: source.documents]
+    bank.mkdir(parents=True, exist_ok=True)
+    write_lines(bank / "questions.jsonl", questions)
+    training = (1.0 - source.dev_share - source.test_share) / 2
+    shares = {
+        "search": training,
+        "rl": training,
+        "dev": source.dev_share,
+        "test": source.test_share,
+    }
+    options = [text for name, share in shares.items() for text in (f"--{name}", str(share))]
     data_gen(
-        "mcq-bank", str(source.path), "--out", str(bank), "--limit", str(source.limit),
-        "--test-items", str(source.test_items), "--corpus", str(source.corpus),
-        "--corpus-limit", str(source.corpus_limit), "--seed", str(recipe.seed),
-    )  # fmt: skip
+        "mcq-bank",
+        str(bank / "questions.jsonl"),
+        "--out",
+        str(bank),
+        "--source",
+        source.source,
+        "--seed",
+        str(recipe.seed),
+        *options,
+    )
+    evaluation = read_lines(bank / "evaluation.jsonl")
+    for split in ("dev", "test"):
+        write_lines(bank / f"{split}.jsonl", [r for r in evaluation if r["split"] == split])
+    write_lines(bank / "corpus.jsonl", [{"id": d["id"], "text": d["text"]} for d in documents])
 
 
 def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, Any]:
@@ -157,7 +197,7 @@ def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, An
 
 def data_gen(*arguments: str) -> None:
     """Run one `data-gen` command; its one-line error and exit code become ours."""
-    done = subprocess.run([sys.executable, "-m", "data_gen.cli", *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", "data_gen", *arguments], check=False)
     if done.returncode == 2:
         raise ValueError(f"data-gen {arguments[0]} refused its input (see the line above)")
     if done.returncode != 0:
@@ -196,7 +236,8 @@ def make_base(recipe: RecipeConfig, root: Path) -> None:
     sizes = read_sizes({"vocab_size": tokenizer.vocab_size, **recipe.model.sizes})
     if sizes.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"model.sizes.vocab_size={sizes.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
+            f"model.sizes.vocab_size={sizes.vocab_size} is below the tokenizer's "
+            f"{tokenizer.vocab_size} tokens"
         )
     save_model(folder, init_params(sizes, jax.random.key(recipe.seed)), sizes, tokenizer)
 
@@ -219,16 +260,20 @@ def make_tokenizer(recipe: RecipeConfig, root: Path) -> ChatTokenizer:
 
 
 def run_stage(recipe: RecipeConfig, stage: StageConfig, root: Path, model: Path) -> dict[str, Any]:
-    """One training stage; its resolved config runs alone too (`medreason sft <stage>/config.yaml`)."""
+    """One training stage; `medreason sft <stage>/config.yaml` runs it alone."""
     data = read_manifest(root / "data")
     assert data is not None
     finished = read_manifest(root / stage.name)
     if finished is not None:
         return finished
     shared: dict[str, Any] = {
-        "kind": stage.kind, "folder": root / stage.name, "model": model, "seed": recipe.seed,
-        "dtype": recipe.dtype, "mesh": recipe.mesh,
-    }  # fmt: skip
+        "kind": stage.kind,
+        "folder": root / stage.name,
+        "model": model,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "mesh": recipe.mesh,
+    }
     where = f"stages.{stage.name}.settings"
     if stage.kind == "ppo":
         config = validate(PPOConfig, {**shared, "problems": data["rl"], **stage.settings}, where)
@@ -256,15 +301,28 @@ def make_pairs(recipe: RecipeConfig, stage: StageConfig, root: Path, model: Path
         folder.mkdir(parents=True, exist_ok=True)
         sample_candidates(recipe, stage, model, Path(data["rl"]), samples)
     if not pairs.is_file():
-        config = root / "data" / "data_gen.yaml"
-        data_gen("pairs", str(config), "--candidates", str(samples), "--out", str(pairs))
+        generated = root / "data" / "generated"
+        settings = [
+            f"--set={name}={value}" for name, value in recipe.data_gen.get("pairs", {}).items()
+        ]
+        data_gen(
+            "pairs",
+            str(generated),
+            "--candidates",
+            str(samples),
+            "--out",
+            str(pairs),
+            "--seed",
+            str(recipe.seed),
+            *settings,
+        )
     return pairs
 
 
-def sample_candidates(recipe, stage: StageConfig, model_path: Path, problems: Path, out: Path) -> None:
+def sample_candidates(
+    recipe, stage: StageConfig, model_path: Path, problems: Path, out: Path
+) -> None:
     """Samples of the model for the first problems, in both prompt forms, as candidates of pairs."""
-    from medreason_jax.evaluate.runner import PREFIX, prediction
-
     settings = stage.candidates
     assert settings is not None
     model = load_model(model_path, recipe.mesh, recipe.dtype)
@@ -272,17 +330,24 @@ def sample_candidates(recipe, stage: StageConfig, model_path: Path, problems: Pa
     sampling = Sampling(settings.temperature, 0, 1.0, settings.max_new_tokens)
     records = []
     for form, prefix in PREFIX.items():
-        prompts = [model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], prefix) for p in chosen]  # fmt: skip
-        completions = model.engine(recipe.evaluation.slots).generate(model.params, prompts, sampling, recipe.seed)  # fmt: skip
+        prompts = [
+            model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], prefix)
+            for p in chosen
+        ]
+        completions = model.engine(recipe.evaluation.slots).generate(
+            model.params, prompts, sampling, recipe.seed
+        )
         for problem, completion in zip(chosen, completions, strict=True):
             text = prefix + model.tokenizer.decode(completion.ids)
             judged = prediction(problem, form, text, completion.finish_reason, problems)
             records.append(
                 {
-                    "problem_id": problem["id"], "explain": form == "explain", "text": text,
+                    "problem_id": problem["id"],
+                    "explain": form == "explain",
+                    "text": text,
                     "correct": judged["outcome"] == "true",
                 }
-            )  # fmt: skip
+            )
     write_lines(out, records)
 
 
@@ -316,7 +381,9 @@ def export_stage(recipe: RecipeConfig, root: Path, last: str) -> dict[str, Any]:
     model = load_model(model_folder(root, last), recipe.mesh, "float32")
     folder = root / "export" / "model"
     folder.parent.mkdir(exist_ok=True)
-    export_folder(model.params, model.network.sizes, model.tokenizer, folder, model_card(recipe, last))
+    export_folder(
+        model.params, model.network.sizes, model.tokenizer, folder, model_card(recipe, last)
+    )
     data = read_manifest(root / "data")
     assert data is not None
     prompts = [
@@ -336,10 +403,12 @@ def model_card(recipe: RecipeConfig, last: str) -> str:
         if recipe.not_for_reporting
         else ""
     )
-    made = "an invented formulary: it is not medicine" if recipe.formulary is not None else "real text"
+    made = (
+        "an invented formulary: it is not medicine" if recipe.formulary is not None else "real text"
+    )
     return (
         f"# {recipe.name}\n{warning}\nQwen2.5 architecture, trained by medreason on {made}. "
-        f"Stages: {' -> '.join(stage.name for stage in recipe.stages)}; this is the model after `{last}`, "
+        f"Stages: {' -> '.join(stage.name for stage in recipe.stages)}; the model after `{last}`, "
         f"seed {recipe.seed}.\n"
     )
 
@@ -354,17 +423,23 @@ def summarise(recipe: RecipeConfig, root: Path, data, exported) -> dict[str, Any
         parts = {part: part_scores(forms) for part, forms in scores["parts"].items()}
         if recipe.evaluation.part not in parts:
             raise ValueError(
-                f"evaluation.part={recipe.evaluation.part!r} is no part of the test set; found {sorted(parts)}"
+                f"evaluation.part={recipe.evaluation.part!r} is no part of the test set; "
+                f"found {sorted(parts)}"
             )
         headline = parts[recipe.evaluation.part]
         row = {"name": stage.name, "seconds": manifest["seconds"], **headline, "parts": parts}
         rows.append({**row, "evaluation_seconds": scores["seconds"]})
     rows.append(empty_row("export", exported["seconds"]))
     return {
-        "name": recipe.name, "seed": recipe.seed, "not_for_reporting": recipe.not_for_reporting,
-        "split": recipe.evaluation.split, "part": recipe.evaluation.part, "stages": rows,
-        "export": exported["model"], "parity": exported["parity"],
-    }  # fmt: skip
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "not_for_reporting": recipe.not_for_reporting,
+        "split": recipe.evaluation.split,
+        "part": recipe.evaluation.part,
+        "stages": rows,
+        "export": exported["model"],
+        "parity": exported["parity"],
+    }
 
 
 def empty_row(name: str, seconds: float) -> dict[str, Any]:
@@ -375,6 +450,9 @@ def empty_row(name: str, seconds: float) -> dict[str, Any]:
 def part_scores(forms: dict[str, Any]) -> dict[str, Any]:
     plain, explained = forms["answer_only"], forms["explain"]
     return {
-        "n": plain["n"], "accuracy": plain["accuracy"], "accuracy_explain": explained["accuracy"],
-        "ci95": plain["ci95"], "ci95_explain": explained["ci95"],
-    }  # fmt: skip
+        "n": plain["n"],
+        "accuracy": plain["accuracy"],
+        "accuracy_explain": explained["accuracy"],
+        "ci95": plain["ci95"],
+        "ci95_explain": explained["ci95"],
+    }

@@ -6,9 +6,15 @@ import yaml
 from medreason_jax.config import RecipeConfig, TrainConfig, load_yaml, validate
 
 STAGE = {
-    "kind": "sft", "folder": "f", "model": "m", "length": 64, "batch_rows": 2, "steps": 1,
-    "sources": [{"path": "x.jsonl", "kind": "sft"}], "optimizer": {"learning_rate": 1e-3},
-}  # fmt: skip
+    "kind": "sft",
+    "folder": "f",
+    "model": "m",
+    "length": 64,
+    "batch_rows": 2,
+    "steps": 1,
+    "sources": [{"path": "x.jsonl", "kind": "sft"}],
+    "optimizer": {"learning_rate": 1e-3},
+}
 
 
 def recipe(**changes):
@@ -17,9 +23,13 @@ def recipe(**changes):
         {"name": "sft", "kind": "sft", "start": "cpt", "settings": {}},
     ]
     values = {
-        "name": "x", "model": {"sizes": {}}, "formulary": {}, "data_gen": {"teacher": {}},
-        "stages": stages, "evaluation": {"part": "p"},
-    }  # fmt: skip
+        "name": "x",
+        "model": {"sizes": {}},
+        "formulary": {},
+        "data_gen": {"teacher": {}},
+        "stages": stages,
+        "evaluation": {"part": "p"},
+    }
     return {**values, **changes}
 
 
@@ -27,7 +37,10 @@ def recipe(**changes):
     ("values", "words"),
     [
         ({**STAGE, "lenght": 5}, ["lenght", "length"]),
-        ({**STAGE, "optimizer": {"learning_rate": 1e-3, "warmup": 1}}, ["optimizer.warmup", "warmup_ratio"]),
+        (
+            {**STAGE, "optimizer": {"learning_rate": 1e-3, "warmup": 1}},
+            ["optimizer.warmup", "warmup_ratio"],
+        ),
         ({**STAGE, "length": 0}, ["length", "1", "0"]),
         ({**STAGE, "dtype": "float16"}, ["dtype", "float16", "bfloat16"]),
         ({**STAGE, "epochs": 2}, ["steps", "epochs"]),
@@ -44,10 +57,16 @@ def test_a_bad_stage_config_is_one_line(values, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stages": [{"name": "a", "kind": "cpt", "start": "b", "settings": {}}]}, ["start", "'b'", "base"]),
+        (
+            {"stages": [{"name": "a", "kind": "cpt", "start": "b", "settings": {}}]},
+            ["start", "'b'", "base"],
+        ),
         ({"stages": [{"name": "a", "kind": "cpt", "settings": {}}] * 2}, ["'a'", "twice"]),
         ({"formulary": None}, ["formulary", "question_bank"]),
-        ({"stages": [{"name": "a", "kind": "cpt", "replay": 0.5, "settings": {}}]}, ["replay", "sft"]),
+        (
+            {"stages": [{"name": "a", "kind": "cpt", "replay": 0.5, "settings": {}}]},
+            ["replay", "sft"],
+        ),
     ],
 )
 def test_a_recipe_whose_stages_do_not_connect_is_refused(changes, words):

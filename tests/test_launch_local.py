@@ -78,6 +78,17 @@ def test_a_signal_reaches_every_process():
     assert sorted(rest.splitlines()) == ["[0] got SIGTERM", "[1] got SIGTERM"]
 
 
+def test_a_reader_that_leaves_ends_the_command():
+    endless = "while True: print('still here')"
+    command = launch_command("-n", "2", program=endless)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=30) != 0
+        assert b"Thread" not in process.stderr.read()
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_a_count_that_makes_no_sense_is_bad_input(count: str):
     assert launch("-n", count, program="").returncode == 2

@@ -29,20 +29,27 @@ def base(tmp_path_factory) -> Path:
     records = [
         {
             "messages": [{"role": "user", "content": f"How often is drug {n} given?"}],
-            "thinking": f"It is {n}.", "response": f"{n} times",
+            "thinking": f"It is {n}.",
+            "response": f"{n} times",
         }
         for n in range(40)
-    ]  # fmt: skip
+    ]
     (folder / "sft.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 def config(base: Path, folder: Path) -> Path:
     values = {
-        "kind": "sft", "folder": str(folder), "model": str(base), "length": 128, "batch_rows": 4,
-        "steps": 4, "checkpoint_every": 2, "sources": [{"path": str(base / "sft.jsonl"), "kind": "sft"}],
+        "kind": "sft",
+        "folder": str(folder),
+        "model": str(base),
+        "length": 128,
+        "batch_rows": 4,
+        "steps": 4,
+        "checkpoint_every": 2,
+        "sources": [{"path": str(base / "sft.jsonl"), "kind": "sft"}],
         "optimizer": {"learning_rate": 1e-3},
-    }  # fmt: skip
+    }
     folder.mkdir()
     path = folder / "in.yaml"
     path.write_text(yaml.safe_dump(values))

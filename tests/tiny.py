@@ -13,10 +13,18 @@ from medreason_jax.qwen2.sizes import read_sizes
 from medreason_jax.train.objectives import Scorer
 
 FIELDS = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "initializer_range": 0.05,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+}
 
 
 def rough_params(sizes, seed=0):
@@ -41,9 +49,7 @@ def tiny_model(mesh_shape=(1, 1, 1), seed=0, **fields):
         mesh = make_mesh(data, fsdp, tensor)
     else:
         devices = jax.devices()[:count]
-        mesh = jax.sharding.Mesh(
-            np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor")
-        )
+        mesh = jax.sharding.Mesh(np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor"))
     sizes = read_sizes({**FIELDS, **fields})
     network, _ = make_network(sizes, Compute(jnp.float32, xla_attention, Sharder(mesh), False))
     scorer = Scorer(network, TokenShards(mesh), 24)

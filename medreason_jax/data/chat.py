@@ -1,8 +1,9 @@
 """The tokenizer contract, and conversations as segments of token ids.
 
-A conversation is a list of segments: control ids, or text encoded alone (a special token that stands
-in a text is text). The cut between prompt and answer lies exactly where generation starts, so that the
-generation prompt is a token prefix of the training row.
+A conversation is a list of segments: control ids, or text encoded alone (a special token that
+stands
+in a text is text). The cut between prompt and answer lies exactly where generation starts, so that
+the generation prompt is a token prefix of the training row.
 """
 
 import json
@@ -44,7 +45,9 @@ class ChatTokenizer:
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            raise ValueError(f"the tokenizer in {self.folder} has no token {token!r}; it must be Qwen2.5's kind")  # fmt: skip
+            raise ValueError(
+                f"the tokenizer in {self.folder} has no token {token!r}; it must be Qwen2.5's kind"
+            )
         return found
 
     def _default_system(self) -> str:
@@ -75,7 +78,8 @@ class ChatTokenizer:
     def conversation(self, messages, thinking: str, response: str) -> Encoded:
         """A training item: loss on the assistant's text and the end of its turn.
 
-        Without thinking the headings are given (they are prompt), as in the answer-only prompt form.
+        Without thinking the headings are given (they are prompt), as in the answer-only prompt
+        form.
         """
         if thinking:
             prompt, answer = self.prompt(messages), reasoning_text(thinking, response)

@@ -1,6 +1,7 @@
 """Prepared rows on disk, and batch(i) as a function of (seed, i).
 
-A prepared folder is an Arrow table of packed rows beside `dataset.json` (kind, rows, items, fingerprint).
+A prepared folder is an Arrow table of packed rows beside `dataset.json` (kind, rows, items,
+fingerprint).
 """
 
 import hashlib
@@ -89,6 +90,8 @@ class Batches:
 
         example = self.rows[0]
         return {
-            name: put_rows(mesh, lambda rows, n=name: read(rows, n), (self.batch_rows, *array.shape))
+            name: put_rows(
+                mesh, lambda rows, n=name: read(rows, n), (self.batch_rows, *array.shape)
+            )
             for name, array in example.items()
         }

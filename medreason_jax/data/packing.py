@@ -1,7 +1,7 @@
 """Items into rows of a fixed length: first-fit, segment ids from 1, positions that restart.
 
-T row length. Arrays of a row: tokens, targets (the next token of the same item), weights (1 where the
-target counts), segments (0 is padding), positions.
+T row length. Arrays of a row: tokens, targets (the next token of the same item), weights (1 where
+the target counts), segments (0 is padding), positions.
 """
 
 import random
@@ -63,7 +63,7 @@ def pack_items(items: Sequence[Encoded], length: int, pad_id: int, seed: int) ->
 def pack_pairs(
     pairs: Sequence[tuple[Encoded, Encoded]], length: int, pad_id: int, per_row: int, seed: int
 ) -> list[Row]:
-    """Rows of whole pairs: segments 2p+1 chosen, 2p+2 rejected; `pairs` [per_row] marks those present."""
+    """Rows of whole pairs: segment 2p+1 chosen, 2p+2 rejected; pairs [per_row] is 1 if present."""
     bins = first_fit([len(c.ids) + len(r.ids) for c, r in pairs], length, seed)
     full = [row[i : i + per_row] for row in bins for i in range(0, len(row), per_row)]
     rows = []
@@ -75,7 +75,7 @@ def pack_pairs(
 
 
 def split_document(item: Encoded, length: int) -> list[Encoded]:
-    """An over-long document in pieces; a piece repeats the last token of the one before as context."""
+    """A document in pieces of `length`; each repeats the last token of the one before."""
     if len(item.ids) <= length:
         return [item]
     starts = range(0, len(item.ids) - 1, length - 1)

@@ -1,5 +1,6 @@
 """Records of a file to a prepared folder: encode, reject what does not fit, pack."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ Kind = Literal["text", "sft", "preference"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSON Lines file."""
+    """The JSON objects of a JSON Lines file (gzip too)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     records = []
-    with path.open(encoding="utf-8") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 records.append(json.loads(line))
@@ -28,20 +30,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def field(record: dict[str, Any], name: str, path: Path) -> Any:
     if name not in record:
-        raise ValueError(f"{path}: record {record.get('id')!r} has no field {name!r}; found {sorted(record)}")  # fmt: skip
+        raise ValueError(
+            f"{path}: record {record.get('id')!r} has no field {name!r}; found {sorted(record)}"
+        )
     return record[name]
 
 
 def encode_sft(tokenizer: ChatTokenizer, record: dict[str, Any], path: Path) -> Encoded:
     return tokenizer.conversation(
-        field(record, "messages", path), field(record, "thinking", path), field(record, "response", path)
-    )  # fmt: skip
+        field(record, "messages", path),
+        field(record, "thinking", path),
+        field(record, "response", path),
+    )
 
 
 def encode_pair(tokenizer: ChatTokenizer, record: dict[str, Any], path: Path):
     prompt = field(record, "prompt", path)
     return tuple(
-        tokenizer.conversation(prompt, field(answer, "thinking", path), field(answer, "response", path))
+        tokenizer.conversation(
+            prompt, field(answer, "thinking", path), field(answer, "response", path)
+        )
         for answer in (field(record, "chosen", path), field(record, "rejected", path))
     )
 
@@ -78,10 +86,15 @@ def prepare(
         else:
             rows = pack_pairs(items, length, tokenizer.pad_id, pairs_per_row, seed)
     facts = {
-        "kind": kind, "source": path.name, "items": len(items), "rejected": len(rejected),
-        "tokens": tokens, "mean_tokens": tokens / max(len(items), 1), "length": length,
+        "kind": kind,
+        "source": path.name,
+        "items": len(items),
+        "rejected": len(rejected),
+        "tokens": tokens,
+        "mean_tokens": tokens / max(len(items), 1),
+        "length": length,
         "useful_share": tokens / max(len(rows) * length, 1),
-    }  # fmt: skip
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder, facts)
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as file:

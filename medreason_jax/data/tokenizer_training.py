@@ -51,7 +51,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, system: str, folder: 
         initial_alphabet=pre.ByteLevel.alphabet(),
         show_progress=False,
     )
-    frame = [f"system\n{system}", "user\nx", "assistant\n", "\n", ANSWER_ONLY, reasoning_text("x", "y")]
+    frame = [
+        f"system\n{system}",
+        "user\nx",
+        "assistant\n",
+        "\n",
+        ANSWER_ONLY,
+        reasoning_text("x", "y"),
+    ]
     tokenizer.train_from_iterator([*texts, *frame * 200], trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -22,7 +22,7 @@ PREFIX = {"answer_only": ANSWER_ONLY, "explain": ""}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Ask, judge and score; writes predictions.jsonl, then manifest.json (whose being there is done)."""
+    """Ask, judge and score; writes predictions.jsonl, then the manifest that ends the step."""
     start_processes()
     finished = read_manifest(config.folder)
     if finished is not None:
@@ -31,7 +31,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model = load_model(config.model, config.mesh, config.dtype)
     problems = read_lines(config.problems)
     engine = model.engine(config.slots)
-    bar = progress_bar(config.folder.parent.name + " evaluation", len(problems) * len(config.forms), 0)
+    bar = progress_bar(
+        config.folder.parent.name + " evaluation", len(problems) * len(config.forms), 0
+    )
     predictions = []
     for form in config.forms:
         limit = config.max_new_tokens if form == "explain" else config.answer_only_tokens
@@ -43,12 +45,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         completions = engine.generate(model.params, prompts, sampling, config.seed, bar.update)
         for problem, completion in zip(problems, completions, strict=True):
             text = PREFIX[form] + model.tokenizer.decode(completion.ids)
-            predictions.append(prediction(problem, form, text, completion.finish_reason, config.problems))
+            predictions.append(
+                prediction(problem, form, text, completion.finish_reason, config.problems)
+            )
     bar.close()
     facts = {
-        "model": str(config.model), "problems": str(config.problems),
-        "seconds": round(time.monotonic() - start, 1), "parts": score_parts(predictions),
-    }  # fmt: skip
+        "model": str(config.model),
+        "problems": str(config.problems),
+        "seconds": round(time.monotonic() - start, 1),
+        "parts": score_parts(predictions),
+    }
     if jax.process_index() == 0:
         config.folder.mkdir(parents=True, exist_ok=True)
         write_lines(config.folder / "predictions.jsonl", predictions)
@@ -66,13 +72,20 @@ def question_text(problem: dict[str, Any]) -> str:
 
 def prediction(problem, form: str, text: str, finish_reason: str, path: Path) -> dict[str, Any]:
     parts = final_response(text)
-    verdict = judge(parts[1] if parts else "", field(problem, "answer", path), problem.get("options"))
+    verdict = judge(
+        parts[1] if parts else "", field(problem, "answer", path), problem.get("options")
+    )
     return {
-        "id": problem["id"], "part": problem.get("part", "test"), "form": form,
-        "question": problem["question"], "text": text, "answer": problem["answer"],
-        "outcome": verdict.outcome, "reason": verdict.reason if parts else "no final response",
+        "id": problem["id"],
+        "part": problem.get("part", "test"),
+        "form": form,
+        "question": problem["question"],
+        "text": text,
+        "answer": problem["answer"],
+        "outcome": verdict.outcome,
+        "reason": verdict.reason if parts else "no final response",
         "finish_reason": finish_reason,
-    }  # fmt: skip
+    }
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -15,9 +15,11 @@ def score_parts(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             correct = sum(p["outcome"] == "true" for p in chosen)
             low, high = accuracy_interval(correct, len(chosen))
             forms[form] = {
-                "n": len(chosen), "correct": correct, "accuracy": correct / max(len(chosen), 1),
+                "n": len(chosen),
+                "correct": correct,
+                "accuracy": correct / max(len(chosen), 1),
                 "ci95": [round(low, 4), round(high, 4)],
                 "unanswered": sum(p["finish_reason"] == "length" for p in chosen),
-            }  # fmt: skip
+            }
         parts[part] = forms
     return parts

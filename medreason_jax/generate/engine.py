@@ -83,7 +83,9 @@ class Engine:
         W_VD = self.network.vocabulary_kernel(params).astype(self.network.compute.dtype)
         positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
         lengths_B = jnp.sum(segments_BP, axis=1)
-        row_keys_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(batch["numbers"])
+        row_keys_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(
+            batch["numbers"]
+        )
         cache = self.network.empty_cache(B, P + new)
         h_BPD, cache = self.network.hidden_cached(
             params, tokens_BP, positions_BP, segments_BP, cache, 0
@@ -105,15 +107,23 @@ class Engine:
                 logp, jnp.where(alive_B, logp_B, 0.0)[:, None], (0, step)
             )
             h_B1D, cache = self.network.hidden_cached(
-                params, token_B[:, None], (lengths_B + step)[:, None],
-                jnp.ones((B, 1), jnp.int32), cache, P + step,
-            )  # fmt: skip
+                params,
+                token_B[:, None],
+                (lengths_B + step)[:, None],
+                jnp.ones((B, 1), jnp.int32),
+                cache,
+                P + step,
+            )
             return step + 1, h_B1D[:, 0], cache, tokens, logp, alive_B & (token_B != self.end_id)
 
         start = (
-            jnp.int32(0), h_BPD[:, -1], cache, jnp.full((B, new), self.pad_id, jnp.int32),
-            jnp.zeros((B, new), jnp.float32), lengths_B > 0,
-        )  # fmt: skip
+            jnp.int32(0),
+            h_BPD[:, -1],
+            cache,
+            jnp.full((B, new), self.pad_id, jnp.int32),
+            jnp.zeros((B, new), jnp.float32),
+            lengths_B > 0,
+        )
         last = jax.lax.while_loop(lambda c: (c[0] < new) & jnp.any(c[-1]), body, start)
         steps, tokens, logp = last[0], last[3], last[4]
         ended_BT = tokens == self.end_id

@@ -16,7 +16,7 @@ class Sampling:
 
 
 def next_token(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling):
-    """Token and its log-prob [B] under softmax(logits / temperature) (temperature 1 when greedy)."""
+    """Token and log-prob [B] under softmax(logits / temperature); 1 stands for 0 there."""
     scale = sampling.temperature if sampling.temperature > 0 else 1.0
     logits_BV = logits_BV.astype(jnp.float32) / scale
     if sampling.temperature == 0:

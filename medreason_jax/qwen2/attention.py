@@ -1,6 +1,7 @@
 """Attention over packed rows, by kernel.
 
-B batch, T query time, S key time, N query heads, K key/value heads, H head size. Segment 0 is padding.
+B batch, T query time, S key time, N query heads, K key/value heads, H head size. Segment 0 is
+padding.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,7 @@ import jax.numpy as jnp
 Attention = Callable[..., jax.Array]
 
 
-def attention_mask(
-    segments_BT: jax.Array, segments_BS: jax.Array, slots_T: jax.Array
-) -> jax.Array:
+def attention_mask(segments_BT: jax.Array, segments_BS: jax.Array, slots_T: jax.Array) -> jax.Array:
     """mask_BTS: a query sees the keys of its own segment at its own slot or before.
 
     `slots_T` is the place of each query among the keys (0..S-1).

@@ -19,7 +19,9 @@ from medreason_jax.qwen2.sizes import Sizes, config_fields
 
 def tensor_name(path: str, layer: int | None) -> str:
     """`transformers`' name of one of our parameters, of one layer where they are stacked."""
-    name = path.replace(".kernel", ".weight").replace("embed_tokens.embedding", "embed_tokens.weight")
+    name = path.replace(".kernel", ".weight").replace(
+        "embed_tokens.embedding", "embed_tokens.weight"
+    )
     if layer is not None:
         name = name.replace("layers.", f"layers.{layer}.", 1)
     return name if name.startswith("lm_head") else f"model.{name}"
@@ -41,7 +43,9 @@ def _open_tensors(folder: Path) -> tuple[dict[str, Path], Callable[[str], np.nda
     else:
         single = folder / "model.safetensors"
         if not single.is_file():
-            raise FileNotFoundError(f"{folder} holds no model.safetensors (pickled .bin files are refused)")  # fmt: skip
+            raise FileNotFoundError(
+                f"{folder} holds no model.safetensors (pickled .bin files are refused)"
+            )
         with safe_open(single, framework="numpy") as file:
             where = dict.fromkeys(file.keys(), single)
 

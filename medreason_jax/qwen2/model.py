@@ -1,7 +1,7 @@
 """Qwen2.5, all of it, in Flax NNX with `transformers`' parameter names.
 
-B batch, T time, S cache slots, D model, F feed-forward, V vocabulary, L layers, N query heads, K key/value heads,
-H head size. Layers are stacked on a leading L axis and scanned.
+B batch, T time, S cache slots, D model, F feed-forward, V vocabulary, L layers, N query heads, K
+key/value heads, H head size. Layers are stacked on a leading L axis and scanned.
 """
 
 from collections.abc import Callable
@@ -102,14 +102,16 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x_BTD, rotation_BTH, attend: Callable, constrain: Constrain):
         """`attend(q_BTNH, k_BTKH, v_BTKH) -> context_BTNH, kept`; `kept` is handed back."""
         q_BTNH, k_BTKH, v_BTKH = self.self_attn.project(self.input_layernorm(x_BTD), rotation_BTH)
-        context_BTNH, kept = attend(constrain(q_BTNH, ("batch", "time", "heads", None)), k_BTKH, v_BTKH)
+        context_BTNH, kept = attend(
+            constrain(q_BTNH, ("batch", "time", "heads", None)), k_BTKH, v_BTKH
+        )
         x_BTD = x_BTD + self.self_attn.o_proj(context_BTNH.reshape(*x_BTD.shape[:2], -1))
         x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), constrain)
         return constrain(x_BTD, ("batch", "time", "model")), kept
 
 
 class Qwen2(nnx.Module):
-    """The decoder without its vocabulary projection, which `train/head.py` and the sampler apply."""
+    """The decoder; `train/head.py` and the sampler apply the vocabulary projection."""
 
     def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
         scale = sizes.initializer_range
@@ -142,7 +144,7 @@ class Qwen2(nnx.Module):
         return self.norm(x_BTD)
 
     def hidden_cached(self, tokens_BT, positions_BT, segments_BT, cache: Cache, slot, compute):
-        """hidden_BTD of T new tokens written at slots slot..slot+T-1, and the cache that holds them."""
+        """hidden_BTD of T new tokens at slots slot..slot+T-1, and the cache with them."""
         slots_T = slot + jnp.arange(tokens_BT.shape[1])
         segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, slot))
         definition, stacked = nnx.split(self.layers)

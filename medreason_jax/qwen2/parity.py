@@ -21,7 +21,9 @@ def parity_gate(
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise RuntimeError("the parity gate needs torch and transformers: pip install 'medreason[export]'") from None  # fmt: skip
+        raise RuntimeError(
+            "the parity gate needs torch and transformers: pip install 'medreason[export]'"
+        ) from None
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     engine = model.engine(len(prompts))
@@ -32,9 +34,10 @@ def parity_gate(
         with torch.inference_mode():
             theirs = reference(torch.tensor([ids])).logits[0].numpy()
             answer = reference.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=max_new_tokens,
-            )[0, len(prompt) :].tolist()  # fmt: skip
+            )[0, len(prompt) :].tolist()
         ours = _logits(model, ids)
         worst = max(worst, float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
         for place, token in enumerate(answer):
@@ -44,11 +47,13 @@ def parity_gate(
                 break
             if place >= len(completion.ids) or completion.ids[place] != token:
                 raise RuntimeError(
-                    f"{folder}: transformers answers differently at token {place} of a greedy sample"
+                    f"{folder}: transformers answers differently at token {place} of a sample"
                 )
             compared += 1
     if worst > LOGIT_ERROR:
-        raise RuntimeError(f"{folder}: logits differ from transformers' by {worst:.2e}, allowed {LOGIT_ERROR}")  # fmt: skip
+        raise RuntimeError(
+            f"{folder}: logits differ from transformers' by {worst:.2e}, allowed {LOGIT_ERROR}"
+        )
     return {"mode": "full", "logit_error": worst, "greedy_tokens": compared, "near_ties": ties}
 
 

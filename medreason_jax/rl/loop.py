@@ -24,7 +24,7 @@ from medreason_jax.train.step import init_state, make_train_step
 
 
 def ppo_stage(config: PPOConfig) -> dict[str, Any]:
-    """Run (or go on with) PPO; returns the stage's manifest. Iteration i is a function of (seed, i)."""
+    """Run (or go on with) PPO; iteration i is a function of (seed, i) and of the state."""
     start_processes()
     finished = read_manifest(config.folder)
     if finished is not None:
@@ -50,7 +50,11 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
 
     if jax.process_index() == 0:
         save_yaml(config, config.folder / "config.yaml")
-    run = Run(config.folder, config.checkpoint_every, f"{len(problems)} problems, first {problems[0]['id']}")
+    run = Run(
+        config.folder,
+        config.checkpoint_every,
+        f"{len(problems)} problems, first {problems[0]['id']}",
+    )
     state, done = run.start(state, model.mesh)
     table = RolloutTable(config.folder / "rollouts.jsonl", done, jax.process_index() == 0)
     bar = progress_bar(config.folder.name, config.iterations, done)
@@ -58,11 +62,18 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     for iteration in range(done + 1, config.iterations + 1):
         chosen = problem_numbers(len(problems), config.rollouts, iteration - 1, config.seed)
         batch_prompts = [prompts[n] for n in chosen]
-        seed = int(jax.random.randint(jax.random.fold_in(jax.random.key(config.seed), iteration), (), 0, 2**31 - 1))  # fmt: skip
+        seed = int(
+            jax.random.randint(
+                jax.random.fold_in(jax.random.key(config.seed), iteration), (), 0, 2**31 - 1
+            )
+        )
         completions = engine.generate(state.params["policy"], batch_prompts, sampling, seed)
 
         texts = [model.tokenizer.decode(completion.ids) for completion in completions]
-        judged = [judge_response(t, problems[n]["answer"], rewards) for t, n in zip(texts, chosen, strict=True)]  # fmt: skip
+        judged = [
+            judge_response(t, problems[n]["answer"], rewards)
+            for t, n in zip(texts, chosen, strict=True)
+        ]
         table.write(iteration, [problems[n]["id"] for n in chosen], texts, judged)
 
         rows = rollout_rows(batch_prompts, completions, config.length, model.tokenizer.pad_id)
@@ -78,7 +89,11 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
             state, metrics = step(state, None, minibatch)
             update_metrics.append(metrics)
 
-        values = mean_metrics(update_metrics) | floats(rollout_metrics) | reward_metrics(judged, completions)
+        values = (
+            mean_metrics(update_metrics)
+            | floats(rollout_metrics)
+            | reward_metrics(judged, completions)
+        )
         halt_if_broken(values, iteration, config.folder)
         del values["halted"]
         run.write(iteration, values)
@@ -102,8 +117,8 @@ def load_problems(config: PPOConfig, tokenizer: ChatTokenizer):
             prompts.append(ids)
     if not kept:
         raise ValueError(
-            f"no problem of {config.problems} has a prompt of at most length - max_new_tokens = {room} "
-            "tokens; raise length"
+            f"no problem of {config.problems} has a prompt of at most "
+            f"length - max_new_tokens = {room} tokens; raise length"
         )
     return kept, prompts
 
@@ -159,9 +174,12 @@ class RolloutTable:
             return
         for problem_id, text, verdict in zip(ids, texts, judged, strict=True):
             record = {
-                "step": iteration, "problem_id": problem_id, "text": text,
-                "outcome": verdict.outcome, "reward": verdict.reward,
-            }  # fmt: skip
+                "step": iteration,
+                "problem_id": problem_id,
+                "text": text,
+                "outcome": verdict.outcome,
+                "reward": verdict.reward,
+            }
             self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
 

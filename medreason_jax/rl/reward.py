@@ -7,7 +7,7 @@ from data_gen.answers import final_response, judge
 
 @dataclass(frozen=True)
 class Rewards:
-    """Reward of a verified answer, of a wrong one, of one without the form (arXiv 2412.18925, 3.2)."""
+    """Rewards of a verified, a wrong and an unformatted answer (arXiv 2412.18925, 3.2)."""
 
     true: float
     false: float
@@ -21,7 +21,7 @@ class Judged:
 
 
 def judge_response(text: str, answer: str, rewards: Rewards) -> Judged:
-    """A response whose verdict is unscored counts as false, under its own name in the rollout table."""
+    """An unscored verdict earns what a false one does, under its own name in the table."""
     parts = final_response(text)
     if parts is None or not parts[0].strip():
         return Judged(rewards.unformatted, "unformatted")

@@ -16,7 +16,7 @@ from medreason_jax.train.objectives import Scorer
 def rollout_rows(
     prompts: Sequence[Sequence[int]], completions: Sequence[Completion], length: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """One rollout a row: tokens, targets, weights (1 on response targets), segments, positions [B, T]."""
+    """One rollout a row, arrays [B, T]; weights are 1 on the response's targets."""
     B = len(prompts)
     rows = {name: np.zeros((B, length), np.int32) for name in ("segments", "positions")}
     rows |= {name: np.full((B, length), pad_id, np.int32) for name in ("tokens", "targets")}
@@ -54,7 +54,9 @@ def make_rollout_scorer(scorer: Scorer, kl_coef: float, gamma: float, gae_lambda
             "policy_entropy": jnp.sum(entropy_BT * mask_BT) / tokens,
             "value_explained": 1.0 - jnp.sum(error_BT) / jnp.maximum(jnp.sum(spread_BT), 1e-8),
         }
-        kept = {name: rows[name] for name in ("tokens", "targets", "weights", "segments", "positions")}
+        kept = {
+            name: rows[name] for name in ("tokens", "targets", "weights", "segments", "positions")
+        }
         kept |= {
             "old_logp": logp_BT,
             "old_values": values_BT,

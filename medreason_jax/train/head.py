@@ -25,7 +25,7 @@ def token_logprobs(
     Differentiable in h and W; the backward pass recomputes a chunk's logits. `chunk` is in tokens.
     Logits are divided by `temperature` (the sampler's), so that both sides mean one distribution.
     """
-    B, T, D = h_BTD.shape
+    _, T, D = h_BTD.shape
 
     def per_shard(h_BTD, W_VD, labels_BT):
         rows = h_BTD.shape[0]

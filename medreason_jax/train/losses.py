@@ -14,7 +14,7 @@ def dpo_loss(chosen_P, rejected_P, reference_chosen_P, reference_rejected_P, bet
 
 
 def ppo_policy_loss(logp_BT, old_logp_BT, advantages_BT, clip: float):
-    """max(-A r, -A clip(r, 1-e, 1+e)) per token (arXiv 1707.06347, eq. 7), and whether it clipped."""
+    """max(-A r, -A clip(r, 1-e, 1+e)) (arXiv 1707.06347, eq. 7), and whether it clipped."""
     ratio_BT = jnp.exp(jnp.clip(logp_BT - old_logp_BT, -20.0, 20.0))
     plain_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * jnp.clip(ratio_BT, 1.0 - clip, 1.0 + clip)
@@ -22,6 +22,6 @@ def ppo_policy_loss(logp_BT, old_logp_BT, advantages_BT, clip: float):
 
 
 def clipped_value_loss(values_BT, old_values_BT, returns_BT, clip: float):
-    """Half of the larger squared error, of the value and of the value kept within clip of the old."""
+    """Half of the larger squared error: of the value, and of it kept near the old one."""
     near_BT = old_values_BT + jnp.clip(values_BT - old_values_BT, -clip, clip)
     return 0.5 * jnp.maximum((values_BT - returns_BT) ** 2, (near_BT - returns_BT) ** 2)

@@ -1,7 +1,8 @@
 """Every objective of the stack, behind one contract (`Objective`).
 
 B batch, T time, D model, P preference pairs a row, S segments a row (0 is padding).
-Batches hold tokens, targets (the next token), weights (1 where the target counts), segments, positions: all [B, T].
+Batches hold tokens, targets (the next token), weights (1 where the target counts), segments,
+positions: all [B, T].
 """
 
 from collections.abc import Callable
@@ -27,7 +28,8 @@ class Objective:
 
     `weights(batch)` depends on masks only, so the step takes them over the global batch before it
     splits the batch; accumulation, packing and sharding then cannot move the loss.
-    `sums(trainable, frozen, batch)` gives a loss sum for every weight, and metrics as {name: (sum, weight)}.
+    `sums(trainable, frozen, batch)` gives a loss sum for every weight, and metrics as {name: (sum,
+    weight)}.
     """
 
     weights: Callable[[Batch], Sums] = struct.field(pytree_node=False)
@@ -73,7 +75,8 @@ def language_modelling(scorer: Scorer) -> Objective:
 
 
 def preference(scorer: Scorer, beta: float, alpha: float) -> Objective:
-    """RPO: DPO plus alpha x the length-normalised NLL of the chosen answer (arXiv 2404.19733, eq. 1).
+    """RPO: DPO plus alpha x the length-normalised NLL of the chosen answer (arXiv 2404.19733, eq.
+    1).
 
     A row packs whole pairs: segment 2p+1 is the chosen and 2p+2 the rejected answer of pair p, and
     `pairs` [B, P] is 1 where the pair exists. `frozen` is the reference policy. alpha 0 is DPO.
@@ -113,8 +116,8 @@ def preference(scorer: Scorer, beta: float, alpha: float) -> Objective:
 def proximal_policy(scorer: Scorer, clip: float, value_clip: float, value_coef: float) -> Objective:
     """PPO (arXiv 1707.06347): clipped policy loss and clipped value loss over response tokens.
 
-    trainable = {"policy", "critic"}; the critic is a linear score of the policy's hidden states, whose
-    gradient stops there. Batches also hold old_logp, old_values, advantages, returns: [B, T].
+    trainable = {"policy", "critic"}; the critic is a linear score of the policy's hidden states,
+    whose gradient stops there. Batches also hold old_logp, old_values, advantages, returns: [B, T].
     """
 
     def weights(batch):

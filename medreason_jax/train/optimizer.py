@@ -9,7 +9,8 @@ import optax
 
 from medreason_jax.mesh import path_name
 
-# Ordered: the first pattern found in the path decides. Biases, norm gains and the critic's head are not decayed.
+# Ordered: the first pattern found in the path decides. Biases, norm gains and the critic's head
+# are not decayed.
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"bias$", False),
     (r"norm\.weight$", False),
@@ -40,7 +41,7 @@ def make_schedule(
     final_ratio: float,
     decay_share: float = 0.2,
 ) -> optax.Schedule:
-    """Learning rate by optimizer step; `wsd` holds the peak and decays over the last `decay_share`."""
+    """Learning rate by step; `wsd` holds the peak and decays over the last `decay_share`."""
     warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
     rest = max(steps - warmup_steps, 1)
     end = peak * final_ratio
@@ -68,7 +69,7 @@ def make_optimizer(
     clip_norm: float,
     rate_rules: Sequence[tuple[str, float]] = ((r".", 1.0),),
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam, decoupled decay, schedule, then each parameter's rate scale."""
+    """Clip by global norm, Adam, decoupled decay, schedule, each parameter's rate scale."""
 
     def scale_rates(updates, state, params=None):
         scales = match_rules(updates, rate_rules, "learning-rate")
@@ -77,7 +78,9 @@ def make_optimizer(
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1=b1, b2=b2),
-        optax.add_decayed_weights(weight_decay, mask=lambda p: match_rules(p, DECAY_RULES, "decay")),
+        optax.add_decayed_weights(
+            weight_decay, mask=lambda p: match_rules(p, DECAY_RULES, "decay")
+        ),
         optax.scale_by_learning_rate(schedule),
         optax.GradientTransformation(lambda params: optax.EmptyState(), scale_rates),
     )

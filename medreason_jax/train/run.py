@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from medreason_jax.checkpoint import StateCheckpoints, abstract_like, remove_states
-from medreason_jax.config import OptimizerConfig, RunConfig, TrainConfig, save_yaml
+from medreason_jax.config import OptimizerConfig, TrainConfig, save_yaml
 from medreason_jax.data.dataset import Batches, Source
 from medreason_jax.data.prepare import prepare
 from medreason_jax.mesh import gather_to_host, start_processes
@@ -89,10 +89,14 @@ class Run:
         """Save by cadence; when asked to stop, save and stop."""
         stop = self._stop_agreed()
         if (unit % self.every == 0 and unit < total) or stop:
-            self.checkpoints.save(unit, state, {"fingerprint": self.fingerprint, "seconds": self.seconds})
+            self.checkpoints.save(
+                unit, state, {"fingerprint": self.fingerprint, "seconds": self.seconds}
+            )
         if stop:
             self.checkpoints.close()
-            raise Stopped(f"stopped at {unit} of {total}, saved in {self.folder}; run it again to go on")  # fmt: skip
+            raise Stopped(
+                f"stopped at {unit} of {total}, saved in {self.folder}; run it again to go on"
+            )
 
     def _stop_agreed(self) -> bool:
         if jax.process_count() == 1:
@@ -137,7 +141,7 @@ def halt_if_broken(metrics: dict[str, Any], unit: int, folder: Path) -> None:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise RuntimeError(
-                f"{name} is {metrics[name]} at step {unit}; stopped with the last good state in {folder}"
+                f"{name} is {metrics[name]} at step {unit}; the last good state is in {folder}"
             )
 
 
@@ -145,7 +149,14 @@ def progress_bar(label: str, total: int, done: int) -> tqdm:
     """A bar on a terminal, a line every ten seconds in a log."""
     terminal = sys.stderr.isatty()
     quiet = jax.process_index() != 0
-    return tqdm(total=total, initial=done, desc=label, mininterval=0.2 if terminal else 10.0, ascii=not terminal, disable=quiet)  # fmt: skip
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        mininterval=0.2 if terminal else 10.0,
+        ascii=not terminal,
+        disable=quiet,
+    )
 
 
 def train_stage(config: TrainConfig) -> dict[str, Any]:
@@ -201,10 +212,14 @@ def prepare_sources(config: TrainConfig, model: Loaded) -> tuple[list[dict[str, 
     for number, source in enumerate(config.sources):
         folder = config.folder / "prepared" / f"{number}-{source.path.stem}"
         arguments: dict[str, Any] = {
-            "length": config.length, "pairs_per_row": config.pairs_per_row,
-            "seed": config.seed, "folder": folder,
-        }  # fmt: skip
-        _first_process_first(lambda s=source, a=arguments: prepare(s.path, s.kind, model.tokenizer, **a))
+            "length": config.length,
+            "pairs_per_row": config.pairs_per_row,
+            "seed": config.seed,
+            "folder": folder,
+        }
+        _first_process_first(
+            lambda s=source, a=arguments: prepare(s.path, s.kind, model.tokenizer, **a)
+        )
         facts.append(prepare(source.path, source.kind, model.tokenizer, **arguments))
         sources.append(Source(folder, source.weight))
     return facts, Batches(sources, config.batch_rows, config.seed)

@@ -38,7 +38,8 @@ def make_train_step(
 ):
     """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
 
-    `batch` holds arrays [B, ...] with B a multiple of accumulation x batch shards. `frozen` takes no
+    `batch` holds arrays [B, ...] with B a multiple of accumulation x batch shards. `frozen` takes
+    no
     gradient. The update is skipped, and `halted` set, when the loss or the gradient is not finite.
     """
     sharder = Sharder(mesh)
@@ -53,7 +54,9 @@ def make_train_step(
 
         def loss_and_metrics(params, part):
             sums, metrics = objective.sums(params, frozen, part)
-            losses = {name: objective.coefficients[name] * sums[name] / weights[name] for name in sums}
+            losses = {
+                name: objective.coefficients[name] * sums[name] / weights[name] for name in sums
+            }
             return sum(losses.values()), (losses, metrics)
 
         gradient = jax.grad(loss_and_metrics, has_aux=True)

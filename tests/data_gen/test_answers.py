@@ -120,6 +120,13 @@ CASES = [
     ("答えは喘息です。", "喘息", None, "true"),
     ("喘息ではない", "喘息", None, "false"),
     ("不是哮喘", "哮喘", None, "false"),
+    ("hepatitis", "hepatitis A", None, "false"),
+    ("hepatitis A", "hepatitis", None, "false"),
+    ("Hepatitis A", "hepatitis A", None, "true"),
+    ("hepatitis B", "hepatitis A", None, "false"),
+    ("↓ TSH", "↑ TSH", None, "false"),
+    ("↑TSH", "↑ TSH", None, "true"),
+    ("HLA-B27", "HLA B27", None, "true"),
     # nothing to judge
     ("", "80 mg", None, "false"),
     ("   \n", "asthma", None, "false"),

@@ -246,7 +246,9 @@ def test_open_problems_drop_the_options_and_keep_the_answer():
 
 def test_ids_are_distinct_and_are_those_the_record_models_compute():
     for records, model in (
-        (BANK, Mcq), (open_problems(SETTINGS, "test"), Problem), (MONOGRAPHS, Text)
+        (BANK, Mcq),
+        (open_problems(SETTINGS, "test"), Problem),
+        (MONOGRAPHS, Text),
     ):
         assert len({record["id"] for record in records}) == len(records)
         for record in records[:20]:

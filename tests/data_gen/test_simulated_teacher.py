@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from data_gen.formulary import FormularySettings, write_formulary
-from data_gen.simulated_replies import agrees, kind_of, last_attempt, outcome
+from data_gen.simulated_replies import agrees, outcome
 
 PROMPTS = yaml.safe_load(
     (Path(__file__).parents[2] / "data_gen" / "prompts" / "en.yaml").read_text(encoding="utf-8")
@@ -61,7 +61,10 @@ class Client:
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
         self.api = openai.OpenAI(
-            base_url=base_url, api_key="none", max_retries=0, timeout=20,
+            base_url=base_url,
+            api_key="none",
+            max_retries=0,
+            timeout=20,
             http_client=openai.DefaultHttpxClient(trust_env=False),
         )
 
@@ -92,7 +95,8 @@ def lines(steps: list[dict[str, str]]) -> list[str]:
 def serving(bank: Path, *options: str) -> Iterator[Client]:
     process = subprocess.Popen(
         [sys.executable, "-m", "data_gen.simulated_teacher", "--bank", str(bank), *options],
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -147,14 +151,6 @@ def barred(record: dict[str, Any]) -> bool:
 
 
 # --- each kind of prompt ------------------------------------------------------------------------
-
-
-def test_every_prompt_kind_is_recognised_from_its_text():
-    shown = {"question": "Q", "options": "A. x", "answer": "x", "previous": "p", "trace": "t",
-             "conclusion": "c", "reasoning": "r", "error": "e"}
-    for kind in PROMPTS:
-        assert kind_of(render(kind, **shown)) == kind
-    assert kind_of("What is the time?") == "other"
 
 
 @pytest.mark.parametrize("kind", ["dose", "recall", "generic"])
@@ -224,12 +220,17 @@ def test_recall_states_the_facts_then_the_asked_one(exact, bank):
 
 def test_the_verifier_compares_what_is_said(exact):
     for said, reference, same in (
-        ("80 mg", "80 mg", True), ("The answer is 80 mg.", "80 mg", True),
-        ("180 mg", "80 mg", False), ("80 mg per dose", "80 mg", True),
+        ("80 mg", "80 mg", True),
+        ("The answer is 80 mg.", "80 mg", True),
+        ("180 mg", "80 mg", False),
+        ("80 mg per dose", "80 mg", True),
         ("do not give", "80 mg", False),
-        ("do not give 80 mg", "80 mg", False), ("Reply True.", "80 mg", False),
-        ("7 mg per kg", "7 mg", False), ("aspirin and heparin", "aspirin", False),
-        ("< 0.05", "> 0.05", False), ("Do not give it.", "do not give", True),
+        ("do not give 80 mg", "80 mg", False),
+        ("Reply True.", "80 mg", False),
+        ("7 mg per kg", "7 mg", False),
+        ("aspirin and heparin", "aspirin", False),
+        ("< 0.05", "> 0.05", False),
+        ("Do not give it.", "do not give", True),
     ):
         reply = exact.ask(render("verify", conclusion=said, answer=reference))
         assert reply == str(same), (said, reference)
@@ -569,13 +570,19 @@ def bad_bank(tmp_path: Path, line: str) -> str:
 REFUSALS: dict[str, Callable[[Path, Path], list[str]]] = {
     "No such file": lambda tmp, _: ["--bank", str(tmp / "none.jsonl")],
     "--fault-429: 1.5 is not allowed; it should be from 0 to 1": lambda _, bank: [
-        "--bank", str(bank), "--fault-429", "1.5"],
+        "--bank",
+        str(bank),
+        "--fault-429",
+        "1.5",
+    ],
     "--port: 70000 is not allowed": lambda _, bank: ["--bank", str(bank), "--port", "70000"],
     "the following arguments are required: --bank": lambda _, __: [],
     "line 2: not JSON": lambda tmp, _: ["--bank", bad_bank(tmp, "{")],
     "line 2: kind='x' is not allowed": lambda tmp, _: ["--bank", bad_bank(tmp, '{"kind": "x"}')],
     "line 2: question, open_question": lambda tmp, _: [
-        "--bank", bad_bank(tmp, '{"kind": "generic"}')],
+        "--bank",
+        bad_bank(tmp, '{"kind": "generic"}'),
+    ],
 }
 
 
@@ -594,16 +601,6 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(bank_file):
         done = run_command("--bank", str(bank_file), "--port", port)
     assert done.returncode == 2 and done.stdout == ""
     assert f"--port {port}: " in done.stderr and done.stderr.count("\n") == 1
-
-
-# --- reading traces -----------------------------------------------------------------------------
-
-
-def test_the_last_attempt_is_what_follows_the_last_judgement_with_thinking_behind_it():
-    trace = "### A\n1\n### Conclusion\n2\n### Verification\nno\n### B\n3\n\n4\n### Conclusion\n5"
-    assert last_attempt(trace) == (["3", "4"], True)
-    assert last_attempt(f"{trace}\n### Verification\nyes") == (["3", "4"], True)
-    assert last_attempt("### A\n1\n### Conclusion\n2\n### Verification\nyes") == (["1"], False)
 
 
 def test_the_teacher_imports_nothing_of_the_pipeline():

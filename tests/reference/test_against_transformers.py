@@ -15,7 +15,9 @@ from medreason_jax.qwen2.model import make_network
 from medreason_jax.qwen2.sizes import read_config_file
 from tests.tiny import tiny_model
 
-torch = pytest.importorskip("torch", reason="the export extra (torch, transformers) is not installed")
+torch = pytest.importorskip(
+    "torch", reason="the export extra (torch, transformers) is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,11 @@ def test_logits_and_gradients_equal_transformers(tmp_path, tokenizer, tied):
     _, network, params, scorer, reference = export(tmp_path, tokenizer, tie_word_embeddings=tied)
     tokens = np.random.default_rng(0).integers(3, tokenizer.vocab_size, (2, 40))
     batch = {
-        "tokens": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:]),
-        "positions": jnp.broadcast_to(jnp.arange(39), (2, 39)), "segments": jnp.ones((2, 39), jnp.int32),
-    }  # fmt: skip
+        "tokens": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "positions": jnp.broadcast_to(jnp.arange(39), (2, 39)),
+        "segments": jnp.ones((2, 39), jnp.int32),
+    }
     hidden = scorer.hidden(params, batch)
     ours = np.asarray(hidden @ network.vocabulary_kernel(params).T)
     inputs = torch.tensor(tokens[:, :-1])
@@ -79,9 +83,13 @@ def test_greedy_generation_equals_transformers(tmp_path, tokenizer):
     completions = engine.generate(params, prompts, Sampling(0.0, 0, 1.0, 24), seed=0)
     for prompt, completion in zip(prompts, completions, strict=True):
         out = reference.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False, max_new_tokens=24, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=24,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         expected = out.sequences[0, len(prompt) :].tolist()
         gaps = [float(torch.topk(step[0], 2).values.diff().abs()) for step in out.logits]
         for place, (mine, theirs) in enumerate(zip(completion.ids, expected, strict=False)):

@@ -21,7 +21,9 @@ def items(count: int, seed: int = 0) -> list[Encoded]:
     random = np.random.default_rng(seed)
     lengths = random.integers(4, 24, count)
     return [
-        Encoded(random.integers(3, FIELDS["vocab_size"], n).tolist(), (random.random(n) < 0.7).tolist())
+        Encoded(
+            random.integers(3, FIELDS["vocab_size"], n).tolist(), (random.random(n) < 0.7).tolist()
+        )
         for n in lengths
     ]
 
@@ -90,7 +92,9 @@ def test_chunked_head_equals_full_softmax(chunk):
     labels = jax.random.randint(keys[2], (2, 9), 0, 50)
 
     def chunked(h, W):
-        logp, entropy = token_logprobs(h, W, labels, shards=scorer.shards, chunk=chunk, temperature=0.7)
+        logp, entropy = token_logprobs(
+            h, W, labels, shards=scorer.shards, chunk=chunk, temperature=0.7
+        )
         return jnp.sum(logp) + 0.3 * jnp.sum(entropy)
 
     def full(h, W):
@@ -104,7 +108,7 @@ def test_chunked_head_equals_full_softmax(chunk):
 
 
 def test_preference_loss_equals_a_loop_over_pairs():
-    _, network, params, scorer = tiny_model()
+    _, _, params, scorer = tiny_model()
     _, _, reference, _ = tiny_model(seed=7)
     answers = items(6, seed=3)
     row = make_row(answers, 160, 0)

@@ -1,0 +1,107 @@
+"""The report of a run: counts of every stage, from the records it wrote."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from data_gen.answers import accuracy_interval
+from data_gen.records import Mcq, Preference, Problem, Rejected, Sft, Trace
+
+PROBLEM_STAGES = {"duplicate", "rules", "filter", "reformat"}
+
+
+def count_problems(
+    bank: Sequence[Mcq], problems: Sequence[Problem], rejected: Sequence[Rejected]
+) -> dict[str, Any]:
+    """The bank's questions through filter, reformat and decontamination."""
+    own = [record for record in rejected if record.stage in PROBLEM_STAGES]
+    dropped = [record for record in rejected if record.stage == "decontaminate"]
+    return {
+        "problems": {
+            "in": len(bank),
+            "accepted": len(bank) - len(own),
+            "rejected": _reasons(own),
+        },
+        "decontaminate": {
+            "in": len(bank) - len(own),
+            "accepted": len(problems),
+            "rejected": _reasons(dropped),
+        },
+        "splits": _sorted(Counter(str(problem.split) for problem in problems)),
+    }
+
+
+def count_search(
+    searched: int,
+    traces: Sequence[Trace],
+    sft: Sequence[Sft],
+    rejected: Sequence[Rejected],
+    wrong_accepted: int,
+    responses: int,
+) -> dict[str, Any]:
+    """Search and rewriting: acceptance by strategy and attempt, what the verifier let pass."""
+    lost = [record for record in rejected if record.stage == "search"]
+    unwritten = [record for record in rejected if record.stage == "rewrite"]
+    tried = [*traces, *lost]
+    low, high = accuracy_interval(wrong_accepted, responses)
+    return {
+        "search": {
+            "in": searched,
+            "accepted": len(traces),
+            "rejected": _reasons(lost),
+            "by_strategy": _acceptance(
+                pair for r in tried for pair in zip(_strategies(r), _verdicts(r), strict=True)
+            ),
+            "by_attempt": _acceptance(
+                (i, verdict) for r in tried for i, verdict in enumerate(_verdicts(r), 1)
+            ),
+        },
+        "rewrite": {
+            "in": len(traces),
+            "accepted": len(traces) - len(unwritten),
+            "rejected": _reasons(unwritten),
+            "records": _sorted(Counter(record.kind for record in sft)),
+        },
+        "wrong_accepted_share": wrong_accepted / responses if responses else 0.0,
+        "wrong_accepted": {"wrong": wrong_accepted, "of": responses, "interval95": [low, high]},
+    }
+
+
+def count_pairs(pairs: Sequence[Preference], left_out: Mapping[str, int]) -> dict[str, Any]:
+    """Preference pairs by form and kinds."""
+    forms = Counter("with explanation" if p.explain else "answer only" for p in pairs)
+    kinds = Counter(f"{pair.chosen_kind} over {pair.rejected_kind}" for pair in pairs)
+    return {
+        "pairs": {
+            "accepted": len(pairs),
+            "problems": len({pair.problem_id for pair in pairs}),
+            "forms": _sorted(forms),
+            "kinds": _sorted(kinds),
+            "left_out": dict(left_out),
+        }
+    }
+
+
+def _strategies(record: Trace | Rejected) -> list[str]:
+    return record.model_dump(include={"strategies"})["strategies"]
+
+
+def _verdicts(record: Trace | Rejected) -> list[str]:
+    return record.model_dump(include={"verdicts"})["verdicts"]
+
+
+def _acceptance(judged: Iterable[tuple[Any, str]]) -> dict[str, dict[str, int]]:
+    tried: Counter[Any] = Counter()
+    accepted: Counter[Any] = Counter()
+    for name, verdict in judged:
+        tried[name] += 1
+        accepted[name] += verdict == "true"
+    return {str(name): {"tried": tried[name], "accepted": accepted[name]} for name in sorted(tried)}
+
+
+def _reasons(records: Iterable[Rejected]) -> dict[str, int]:
+    return _sorted(Counter(f"{record.stage}: {record.reason}" for record in records))
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))

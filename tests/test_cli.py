@@ -1,0 +1,75 @@
+"""Bad input at the command line: one line on stderr, exit code 2, nothing half-written."""
+
+import fcntl
+
+import pytest
+import yaml
+
+from medreason_jax.cli import exit_code_of, run_arguments
+from tests.test_config import STAGE, recipe
+
+
+def run(arguments, capsys):
+    code = exit_code_of(lambda: run_arguments(arguments))
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return code, error
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_a_missing_file_is_named(capsys, tmp_path):
+    code, error = run(["run", str(tmp_path / "nothing.yaml")], capsys)
+    assert code == 2 and "nothing.yaml" in error
+
+
+def test_an_unknown_field_is_named_with_the_nearest(capsys, tmp_path):
+    path = write(tmp_path / "r.yaml", recipe(sed=1))
+    code, error = run(["run", path], capsys)
+    assert code == 2 and "'sed'" in error and "'seed'" in error
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    code, error = run(["rum"], capsys)
+    assert code == 2 and "rum" in error
+
+
+def test_a_mesh_that_does_not_match_is_refused(capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    values = {
+        **STAGE,
+        "folder": str(tmp_path / "f"),
+        "model": str(tmp_path / "model"),
+        "mesh": {"fsdp": 3},
+    }
+    code, error = run(["sft", write(tmp_path / "s.yaml", values)], capsys)
+    assert code == 2 and "fsdp=3" in error and "found 8" in error
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_missing_model_is_named(capsys, tmp_path):
+    values = {**STAGE, "folder": str(tmp_path / "f"), "model": str(tmp_path / "none")}
+    code, error = run(["sft", write(tmp_path / "s.yaml", values)], capsys)
+    assert code == 2 and str(tmp_path / "none") in error
+
+
+@pytest.mark.parametrize("kind", ["cpt", "ppo"])
+def test_a_config_of_another_stage_is_refused(capsys, tmp_path, kind):
+    code, error = run([kind, write(tmp_path / "s.yaml", STAGE)], capsys)
+    assert code == 2 and "'sft'" in error and repr(kind) in error
+
+
+def test_a_run_folder_in_use_is_refused_with_host_and_pid(capsys, tmp_path):
+    path = write(tmp_path / "r.yaml", recipe(runs=str(tmp_path / "runs")))
+    root = tmp_path / "runs" / "x"
+    root.mkdir(parents=True)
+    with (root / "lock").open("w") as held:
+        held.write("host here pid 42")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, error = run(["run", path], capsys)
+    assert code == 2 and "host here pid 42" in error
+    assert [p.name for p in root.iterdir()] == ["lock"]

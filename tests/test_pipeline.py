@@ -1,0 +1,188 @@
+"""`medreason run` in small: it ends, repeats nothing, and survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "formulary.search_dose": 40,
+    "formulary.search_recall": 10,
+    "formulary.rl_dose": 40,
+    "formulary.rl_recall": 5,
+    "formulary.dev_per_part": 4,
+    "formulary.test_new_combination": 8,
+    "formulary.test_new_product": 4,
+    "formulary.test_text_only": 4,
+    "formulary.test_recall_taught": 4,
+    "formulary.test_recall_text_only": 4,
+    "formulary.monographs_per_drug": 6,
+    "model.sizes.hidden_size": 32,
+    "model.sizes.intermediate_size": 48,
+    "model.sizes.num_hidden_layers": 2,
+    "stages.cpt.settings.steps": 6,
+    "stages.cpt.settings.checkpoint_every": 2,
+    "stages.sft.settings.steps": 6,
+    "stages.sft.settings.checkpoint_every": 2,
+    "stages.rpo.candidates.problems": 10,
+    "stages.rpo.candidates.samples": 1,
+    "stages.rpo.settings.checkpoint_every": 1,
+    "stages.ppo.settings.iterations": 4,
+    "stages.ppo.settings.rollouts": 8,
+    "stages.ppo.settings.checkpoint_every": 1,
+    "stages.ppo.settings.max_new_tokens": 24,
+    "evaluation.slots": 16,
+    "evaluation.max_new_tokens": 24,
+    "evaluation.answer_only_tokens": 8,
+}
+
+
+def command(runs: Path, recipe: str = "formulary", settings=SMALL) -> list[str]:
+    overrides = [f"--set={name}={value}" for name, value in settings.items()]
+    path = str(ROOT / f"configs/recipes/{recipe}.yaml")
+    return [
+        sys.executable,
+        "-m",
+        "medreason_jax.cli",
+        "run",
+        path,
+        f"--set=runs={runs}",
+        *overrides,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def finish(arguments: list[str]) -> str:
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def table(root: Path) -> list[dict]:
+    """The summary's rows without their clocks."""
+    rows = json.loads((root / "summary.json").read_text())["stages"]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def kill_when(arguments: list[str], event: Callable[[], bool], delay: float) -> bool:
+    """SIGKILL a run's process group `delay` s after the event; False if it ended before."""
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while process.poll() is None:
+            if event():
+                time.sleep(delay)
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return True
+            time.sleep(0.05)
+        return False
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("reference")
+    out = finish(command(runs))
+    root = runs / "formulary"
+    assert str(root / "report" / "index.html") in out and str(root / "export" / "model") in out
+    return root
+
+
+def test_every_stage_leaves_its_row_and_the_export_opens(reference):
+    rows = table(reference)
+    assert [row["name"] for row in rows] == ["data", "cpt", "sft", "rpo", "ppo", "export"]
+    for row in rows[1:-1]:
+        assert row["n"] == 8 and 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
+        assert {"new_combination", "new_product", "text_only"} <= set(row["parts"])
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["parity"]["logit_error"] < 1e-4
+    assert Path(summary["report"]).is_file() and (Path(summary["export"]) / "config.json").is_file()
+
+
+def test_a_second_run_repeats_nothing(reference):
+    manifests = {p: p.stat().st_mtime_ns for p in reference.rglob("manifest.json")}
+    start = time.monotonic()
+    finish(command(reference.parent))
+    assert {p: p.stat().st_mtime_ns for p in reference.rglob("manifest.json")} == manifests
+    assert time.monotonic() - start < 60
+
+
+def killed_run(runs: Path, events: list[Callable[[], bool]]) -> list[bool]:
+    return [kill_when(command(runs), event, 0.1 * n) for n, event in enumerate(events)]
+
+
+def test_a_killed_run_goes_on_to_the_same_table(reference, tmp_path):
+    root = tmp_path / "formulary"
+    events = [
+        lambda: lines(root / "sft/metrics.jsonl") >= 3,
+        lambda: lines(root / "ppo/metrics.jsonl") >= 2,
+    ]
+    assert killed_run(tmp_path, events) == [True, True]
+    finish(command(tmp_path))
+    assert table(root) == table(reference)
+    for stage in ("sft", "ppo"):
+        assert (root / stage / "metrics.jsonl").read_text() == (
+            reference / stage / "metrics.jsonl"
+        ).read_text()
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(3000)
+def test_a_run_killed_in_every_stage_goes_on_to_the_same_table(reference, tmp_path):
+    root = tmp_path / "formulary"
+    events = [
+        lambda: (root / "data/generated").is_dir(),
+        lambda: (root / "base").is_dir(),
+        lambda: lines(root / "cpt/metrics.jsonl") >= 3,
+        lambda: (root / "cpt/manifest.json").is_file(),
+        lambda: any((root / "sft").glob("states/*tmp*")) or lines(root / "sft/metrics.jsonl") >= 5,
+        lambda: (root / "rpo/candidates.jsonl").is_file(),
+        lambda: lines(root / "rpo/metrics.jsonl") >= 1,
+        lambda: lines(root / "ppo/rollouts.jsonl") >= 20,
+        lambda: (root / "export/model.partial").is_dir() or (root / "export/model").is_dir(),
+    ]
+    assert sum(killed_run(tmp_path, events)) >= 8
+    finish(command(tmp_path))
+    assert table(root) == table(reference)
+
+
+MEDICAL = {
+    "question_bank.questions": 40,
+    "question_bank.documents": 12,
+    "stages.ppo.settings.iterations": 1,
+    "evaluation.max_new_tokens": 6,
+    "evaluation.answer_only_tokens": 3,
+}
+
+
+def test_the_recipe_runs_on_real_text_with_the_real_vocabulary(real_data, tmp_path):
+    finish(command(tmp_path, "medical_smoke", MEDICAL))
+    root = tmp_path / "medical_smoke"
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["not_for_reporting"] is True
+    assert all(row["n"] >= 5 for row in summary["stages"][1:-1])
+    assert "Not for reporting" in (root / "export/model/README.md").read_text()
+    assert summary["parity"]["logit_error"] < 1e-4
