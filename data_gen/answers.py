@@ -2,10 +2,9 @@
 
 Data generation, the reward of reinforcement learning and evaluation all ask `judge`. It reads the
 final response only, finds the statement that answers (an "answer is …" sentence, else the first
-that
-holds an answer), and compares what it asserts with the reference: an option letter, a number with
-its unit, a refusal ("do not give") or a short text. Two different answers are false, whichever of
-them is right. Standard library only.
+that holds an answer), and compares what it asserts with the reference: an option letter, a number
+with its unit, a refusal ("do not give") or a short text. Two different answers are false, whichever
+of them is right. Standard library only.
 """
 
 import math

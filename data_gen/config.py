@@ -1,8 +1,7 @@
 """The configuration of `data-gen run`: strict models, YAML with dotted overrides.
 
 Relative paths are relative to the folder the command runs in. A teacher is a `base_url` or the
-built-in `simulated` one; nothing is taken from the environment but the key that `api_key_env`
-names.
+built-in `simulated` one; the environment gives nothing but the key that `api_key_env` names.
 """
 
 import difflib

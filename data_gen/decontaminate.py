@@ -1,11 +1,10 @@
 """Which training texts hold an evaluation item?
 
 Texts share a window when `window` consecutive characters are equal after normalisation (64, the
-rule
-of Med-PaLM 2). Rule "paper" drops a text for one shared window. Rule "coverage" drops it when the
-windows shared with one item cover `coverage` of the shorter of both texts, so that a common phrase
-costs nothing. A text shorter than a window has none: it is dropped only if question and answer are
-those of an item.
+rule of Med-PaLM 2). Rule "paper" drops a text for one shared window. Rule "coverage" drops it when
+the windows shared with one item cover `coverage` of the shorter of both texts, so that a common
+phrase costs nothing. A text shorter than a window has none: it is dropped only if question and
+answer are those of an item.
 """
 
 import re

@@ -87,6 +87,7 @@ def run_simulated(options: list[str]) -> Iterator[str]:
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=_end_with_parent,
+        start_new_session=True,  # ctrl-c is the parent's to handle
     )
     try:
         assert child.stdout is not None and child.stderr is not None
@@ -116,7 +117,6 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the parent's to handle
 
 
 def _endpoint(name: str, role: Role, urls: dict[str, str], api_key: str) -> Endpoint:

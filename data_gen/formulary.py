@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,18 @@ from data_gen.records import Split, content_id, write_records
 
 CONDITIONS = ("asthma", "gout", "eczema", "anemia", "migraine", "measles", "diabetes", "colic")
 INTERACTIONS = ("iron", "milk", "grapefruit", "zinc", "tea", "coffee", "garlic", "ginger")
+NAME_STARTS = (
+    "Velo", "Mira", "Sumo", "Teka", "Boni", "Fara", "Gilo", "Nexa", "Puri", "Zoda", "Luma", "Rabi",
+    "Dovi", "Kela", "Hiro", "Vanu", "Seto", "Moga", "Tiba", "Fenu", "Laro", "Pamo", "Ruki", "Bela",
+)  # fmt: skip
+NAME_ENDS = ("tan", "lun", "dor", "vex", "nix", "pel")
 DOSES = range(2, 10)
 TIMES = (1, 2, 4)
 WEIGHTS = range(10, 50)
 DO_NOT_GIVE = "do not give"
 HELD_OUT_SHARE = 0.15  # of the (dose, weight) pairs
 CONTRAINDICATED_EVERY = 6  # one dose problem in six
-RECITAL_EVERY = 4  # one monograph in four is the line that the reasoning starts with
+RECITAL_EVERY = 3  # one monograph in three is the line that the reasoning starts with
 
 SPLITS: tuple[Split, ...] = ("search", "rl", "dev", "test")
 SIDES = ("train", "evaluate")
@@ -142,10 +147,14 @@ def _evenly(values: Sequence[Any], count: int, rng: random.Random) -> list[Any]:
 
 
 def _names(count: int, rng: random.Random) -> list[str]:
-    """Pronounceable one-word names; no two share their first four letters."""
-    starts = ["".join(s) for s in product("bdfgklmnprstvz", "aeiou", "bdlmnrvz", "aeiou")]
-    endings = ("tan", "zil", "mor", "fex", "dor", "nix", "lun", "vek", "pel", "sol")
-    return [start.capitalize() + rng.choice(endings) for start in rng.sample(starts, count)]
+    """Names of two parts (`Velo-tan`), each combination at most once.
+
+    Taught and text-only drugs share the parts, so that a model can spell a drug it knows from text
+    alone; which drug it is takes both parts.
+    """
+    starts = rng.sample(NAME_STARTS, math.ceil(count / len(NAME_ENDS)))
+    names = [f"{start}-{end}" for start in starts for end in NAME_ENDS]
+    return rng.sample(names, count)
 
 
 def _maximum_mg(dose: int, rng: random.Random) -> int:
@@ -200,7 +209,7 @@ def _open_question(problem: _Problem) -> str:
 
 
 def _situation(problem: _Problem) -> str:
-    return f"A child of {problem.weight} kg with {problem.condition} needs {problem.drug.name}."
+    return f"{problem.drug.name} for a child of {problem.weight} kg with {problem.condition}."
 
 
 def _mcq_question(problem: _Problem, rng: random.Random) -> str:
@@ -484,10 +493,10 @@ def _monographs(drug: Drug, count: int, rng: random.Random) -> list[str]:
     while len(texts) < count // RECITAL_EVERY:
         said_again = rng.choice(FACTS)
         others = [_sentence(drug, fact, rng) for fact in ("interaction", said_again)]
-        texts[" ".join([recital(drug), *others])] = None
+        texts["\n".join([recital(drug), *others])] = None
     while len(texts) < count:
         facts = rng.sample(FACTS, len(FACTS))
-        texts[" ".join(_sentence(drug, fact, rng) for fact in facts)] = None
+        texts["\n".join(_sentence(drug, fact, rng) for fact in facts)] = None
     return list(texts)
 
 

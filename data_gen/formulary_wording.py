@@ -5,41 +5,42 @@ from typing import Literal
 Fact = Literal["dose", "times", "maximum", "contraindicated", "interaction"]
 FACTS: tuple[Fact, ...] = ("dose", "times", "maximum", "contraindicated", "interaction")
 
+# The name stands first, as in the line that reasoning starts with.
 RECALL_QUESTIONS: dict[Fact, tuple[str, ...]] = {
     "dose": (
-        "What is the dose of {name} per kg?",
-        "How many mg per kg of {name} are given a day?",
-        "Which dose per kg does {name} have?",
+        "{name}: what is the dose per kg?",
         "{name}: how many mg per kg?",
-        "How is {name} dosed per kg?",
+        "{name} has which dose per kg?",
+        "{name} is dosed at how many mg per kg?",
+        "{name} needs how many mg per kg a day?",
     ),
     "times": (
-        "How often a day is {name} given?",
-        "How many times a day is {name} given?",
+        "{name} is given how often a day?",
         "{name}: how many times a day?",
-        "In how many doses a day is {name} given?",
-        "How often must {name} be given each day?",
+        "{name} is given how many times a day?",
+        "{name} comes how often a day?",
+        "{name}: how often each day?",
     ),
     "maximum": (
-        "What is the daily maximum of {name}?",
-        "How many mg of {name} may be given a day at most?",
+        "{name}: what is the daily maximum?",
         "{name}: what is the most mg a day?",
-        "Which daily amount of {name} must not be exceeded?",
-        "What is the highest daily amount of {name}?",
+        "{name} must not exceed how many mg a day?",
+        "{name} stops at how many mg a day?",
+        "{name}: at most how many mg a day?",
     ),
     "contraindicated": (
-        "With which condition must {name} not be given?",
-        "Which condition rules out {name}?",
+        "{name} must not be given with which condition?",
+        "{name} is ruled out by which condition?",
         "{name}: which condition forbids it?",
-        "Who must not be given {name}, people with which condition?",
-        "In which condition is {name} not allowed?",
+        "{name} is not allowed with which condition?",
+        "{name}: not with which condition?",
     ),
     "interaction": (
-        "What must not be taken with {name}?",
-        "What does {name} not go together with?",
+        "{name} must not be taken with what?",
+        "{name} does not go together with what?",
         "{name}: what must be avoided?",
-        "What must a person who takes {name} avoid?",
-        "Which thing must be kept away from {name}?",
+        "{name}: what must be kept away?",
+        "{name} does not go with what?",
     ),
 }
 

@@ -1,9 +1,8 @@
 """The journal of teacher calls: what was paid for once is never asked again.
 
 Append-only SQLite. A call's key is a hash of what was asked (not of where), so a resumed run, or
-one
-with another endpoint for the same model, finds its answers. An answer is on disk before it is used:
-answers that arrive within a few milliseconds share one commit. One process writes at a time.
+one with another endpoint for the same model, finds its answers. An answer is on disk before it is
+used: answers that arrive within a few milliseconds share one commit. One process writes at a time.
 """
 
 import asyncio

@@ -1,5 +1,4 @@
-"""A MedQA-style file of examination questions → a bank, an evaluation file, a simulated teacher's
-bank.
+"""A MedQA-style file of examination questions → a bank, evaluation, a simulated teacher's bank.
 
 Questions of one case series share most of their stem; they get one group and so one split.
 """

@@ -20,7 +20,11 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A function to call once for every finished item."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="item") as bar:
-            yield lambda: bar.update() and None
+
+            def move() -> None:
+                bar.update()
+
+            yield move
         return
     done, last = 0, time.monotonic()
 

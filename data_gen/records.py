@@ -1,7 +1,6 @@
 """The record kinds that cross a disk: JSON Lines, UTF-8, one record a line, unknown fields kept.
 
-`id` is a content hash: a record that is left without one gets the hash of its defining fields.
-Problems and SFT
+`id` is a content hash: a record without one gets the hash of its defining fields. Problems and SFT
 records carry the spelling of the published HuatuoGPT-o1 files beside ours and are read from either.
 """
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 DO_NOT_GIVE = "do not give"
@@ -179,14 +180,15 @@ def think_dose(
     """Reason about one dose; a keyword is one slip, and what follows it is consistent with it."""
     lines, titles = [recital(facts)], ["Facts", "Condition", "Amount", "Limit", "Share"]
     if condition == facts.contraindicated and not overlooked:
-        return Thought(titles[:2], [*lines, f"{condition.capitalize()}: not allowed."], DO_NOT_GIVE)
+        return Thought(titles[:2], [*lines, f"With {condition}: not allowed."], DO_NOT_GIVE)
     dose, most, times = facts.dose_mg_per_kg, facts.maximum_mg, facts.times_a_day
     ones = weight % 10
     tens = weight - ones
     total = weight * dose + total_off_by
     lines += [
-        f"{condition.capitalize()} is fine.",
-        f"{tens}x{dose}={tens * dose}, {ones}x{dose}={ones * dose}, {total}.",
+        f"With {condition}: fine.",
+        f"{tens}x{dose}={tens * dose}, {ones}x{dose}={ones * dose}, "
+        f"{tens * dose}+{ones * dose}={total}.",
     ]
     if (total > most) != wrong_limit:
         lines.append(f"{total} is above {most}: {most}.")
@@ -194,7 +196,8 @@ def think_dose(
     else:
         lines.append(f"{total} is not above {most}: {total}.")
     if times > 1 and not whole_day:
-        lines.append(f"{total}/{times}={total // times}.")
+        halves = [total // 2**n for n in range(times.bit_length())]
+        lines.append(", ".join(f"{a}/2={b}" for a, b in pairwise(halves)) + ".")
         total //= times
     return Thought(titles[: len(lines)], lines, f"{total} mg")
 

@@ -98,7 +98,6 @@ class PPOConfig(RunConfig):
     value_clip: Annotated[float, Field(gt=0)] = 0.2
     value_coef: Annotated[float, Field(ge=0)] = 1.0
     critic_rate: Annotated[float, Field(gt=0)] | None = None
-    critic_warmup: Annotated[int, Field(ge=0)] = 0
     reward_true: float = 1.0
     reward_false: float = 0.1
     reward_unformatted: float = 0.0
@@ -240,7 +239,10 @@ class RecipeConfig(Strict):
 
 
 def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """A YAML mapping with `a.b=value` overrides laid over it; list items by number or by name."""
+    """A YAML mapping with `a.b=value` overrides laid over it; items of a list go by their name.
+
+    A file may be another one (`base`, a path beside it) with `changes` ({a.b: value}).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a YAML file")
     try:
@@ -249,6 +251,14 @@ def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping of fields")
+    if "base" in values:
+        changes = values.get("changes") or {}
+        others = sorted(set(values) - {"base", "changes"})
+        if others:
+            raise ValueError(f"{path}: beside base stand only changes, found {others}")
+        values = load_yaml(path.parent / values["base"], [])
+        for name, value in changes.items():
+            _set(values, name, value)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:

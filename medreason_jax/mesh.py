@@ -139,9 +139,11 @@ def put_rows(
     mesh: Mesh, rows_of: Callable[[slice], np.ndarray], shape: tuple[int, ...]
 ) -> jax.Array:
     """A global [B, ...] array of which each process reads only the rows that its devices hold."""
-    return jax.make_array_from_callback(
-        shape, batch_sharding(mesh), lambda index: rows_of(index[0])[(slice(None), *index[1:])]
-    )
+
+    def read(index) -> np.ndarray:
+        return rows_of(index[0])[(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), read)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

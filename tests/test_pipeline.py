@@ -12,39 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = {
-    "formulary.search_dose": 40,
-    "formulary.search_recall": 10,
-    "formulary.rl_dose": 40,
-    "formulary.rl_recall": 5,
-    "formulary.dev_per_part": 4,
-    "formulary.test_new_combination": 8,
-    "formulary.test_new_product": 4,
-    "formulary.test_text_only": 4,
-    "formulary.test_recall_taught": 4,
-    "formulary.test_recall_text_only": 4,
-    "formulary.monographs_per_drug": 6,
-    "model.sizes.hidden_size": 32,
-    "model.sizes.intermediate_size": 48,
-    "model.sizes.num_hidden_layers": 2,
-    "stages.cpt.settings.steps": 6,
-    "stages.cpt.settings.checkpoint_every": 2,
-    "stages.sft.settings.steps": 6,
-    "stages.sft.settings.checkpoint_every": 2,
-    "stages.rpo.candidates.problems": 10,
-    "stages.rpo.candidates.samples": 1,
-    "stages.rpo.settings.checkpoint_every": 1,
-    "stages.ppo.settings.iterations": 4,
-    "stages.ppo.settings.rollouts": 8,
-    "stages.ppo.settings.checkpoint_every": 1,
-    "stages.ppo.settings.max_new_tokens": 24,
-    "evaluation.slots": 16,
-    "evaluation.max_new_tokens": 24,
-    "evaluation.answer_only_tokens": 8,
-}
 
 
-def command(runs: Path, recipe: str = "formulary", settings=SMALL) -> list[str]:
+def command(runs: Path, recipe: str = "formulary_short", **settings) -> list[str]:
     overrides = [f"--set={name}={value}" for name, value in settings.items()]
     path = str(ROOT / f"configs/recipes/{recipe}.yaml")
     return [
@@ -106,7 +76,7 @@ def lines(path: Path) -> int:
 def reference(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("reference")
     out = finish(command(runs))
-    root = runs / "formulary"
+    root = runs / "formulary_short"
     assert str(root / "report" / "index.html") in out and str(root / "export" / "model") in out
     return root
 
@@ -135,7 +105,7 @@ def killed_run(runs: Path, events: list[Callable[[], bool]]) -> list[bool]:
 
 
 def test_a_killed_run_goes_on_to_the_same_table(reference, tmp_path):
-    root = tmp_path / "formulary"
+    root = tmp_path / "formulary_short"
     events = [
         lambda: lines(root / "sft/metrics.jsonl") >= 3,
         lambda: lines(root / "ppo/metrics.jsonl") >= 2,
@@ -152,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_table(reference, tmp_path):
 @pytest.mark.kill
 @pytest.mark.timeout(3000)
 def test_a_run_killed_in_every_stage_goes_on_to_the_same_table(reference, tmp_path):
-    root = tmp_path / "formulary"
+    root = tmp_path / "formulary_short"
     events = [
         lambda: (root / "data/generated").is_dir(),
         lambda: (root / "base").is_dir(),
@@ -179,7 +149,7 @@ MEDICAL = {
 
 
 def test_the_recipe_runs_on_real_text_with_the_real_vocabulary(real_data, tmp_path):
-    finish(command(tmp_path, "medical_smoke", MEDICAL))
+    finish(command(tmp_path, "medical_smoke", **MEDICAL))
     root = tmp_path / "medical_smoke"
     summary = json.loads((root / "summary.json").read_text())
     assert summary["not_for_reporting"] is True

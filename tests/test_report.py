@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medreason_jax.report import write_report
-from medreason_jax.report.acceptance import tabulate
+from medreason_jax.report.acceptance import tabulate_counts
 from medreason_jax.report.figures import PANELS, matching_columns, thin_out
 from medreason_jax.report.jsonl import read_rows
 from medreason_jax.report.summary import format_seconds
@@ -41,10 +41,20 @@ SUMMARY = {
     ],
 }
 COUNTS = {
-    "stages": {"problems": {"kept": 900, "rejected": 100}, "search": {"kept": 1234, "rejected": 9}},
-    "rejects": {"filter": {"Too Simple": 60, HOSTILE: 40}},
-    "acceptance": {"backtrack": 0.5, "verify": 0.25},
+    "problems": {"in": 1000, "accepted": 900, "rejected": {"filter: Too Simple": 60, HOSTILE: 40}},
+    "splits": {"rl": 433, "search": 467},
+    "search": {
+        "in": 467,
+        "accepted": 411,
+        "rejected": {"attempts used up": 56},
+        "by_strategy": {
+            "backtrack": {"tried": 48, "accepted": 12},
+            "verify": {"tried": 200, "accepted": 81},
+        },
+        "by_attempt": {"1": {"tried": 71, "accepted": 71}},
+    },
     "wrong_accepted_share": 0.0123,
+    "wrong_accepted": {"wrong": 5, "of": 407, "interval95": [0.004, 0.028]},
 }
 
 
@@ -125,7 +135,7 @@ def test_the_report_shows_each_stage_with_its_interval_and_time(report: Reader):
     assert "ppo 50.0% 0.0% 200 1 h 06 min" in text
     assert "data – – – 3.2 s" in text
     assert "dosing sft 25.0% 17.0 to 35.0 – 80" in text
-    assert "1.2% of accepted traces end in a wrong answer" in text
+    assert "1.2% of the accepted responses end in a wrong answer" in text
     assert "Not for reporting" in text
     assert "Accuracy on the part “dosing” of the test problems" in text
 
@@ -236,12 +246,29 @@ def test_thinning_keeps_the_mean_and_the_order():
     assert sum(values) / len(values) == pytest.approx(4999 / 2)
 
 
-def test_every_count_appears_in_some_table():
-    tables = list(tabulate("", COUNTS))
-    cells = [cell for table in tables for _, row in table.rows for cell in row]
-    assert sorted(cells) == sorted(
-        ["900", "100", "1,234", "9", "60", "40", "50.0%", "25.0%", "1.2%"]
-    )
+def test_every_count_of_data_generation_appears_in_some_table():
+    tables = {table.title: table.rows for table in tabulate_counts(COUNTS)}
+    assert tables == {
+        "stages": [("problems", ["1,000", "900", "90.0%"]), ("search", ["467", "411", "88.0%"])],
+        "rejected, by reason": [
+            ("problems, filter: Too Simple", ["60"]),
+            (f"problems, {HOSTILE}", ["40"]),
+            ("search, attempts used up", ["56"]),
+        ],
+        "splits": [("rl", ["433"]), ("search", ["467"])],
+        "search: by strategy": [
+            ("backtrack", ["48", "12", "25.0%"]),
+            ("verify", ["200", "81", "40.5%"]),
+        ],
+        "search: by attempt": [("1", ["71", "71", "100.0%"])],
+        "wrong accepted": [("wrong", ["5"]), ("of", ["407"]), ("interval95", ["0.4 to 2.8%"])],
+    }
+
+
+def test_counts_no_one_foresaw_are_shown():
+    counts = {"seconds": 1.5, "calls": {"model a": {"cached": 3, "sent": 4}}, "none": {}}
+    cells = [cell for table in tabulate_counts(counts) for _, row in table.rows for cell in row]
+    assert sorted(cells) == ["1.5", "3", "4"]
 
 
 @pytest.mark.parametrize(

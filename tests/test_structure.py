@@ -59,7 +59,7 @@ BARRED_TEXT = {
     "number of an issue": r"\b(?:issue|pull request|PR)s? ?#?\d+\b|(?<![\w&/])(?<!\]\()#\d{1,5}\b",
     "host of a package registry": r"pypi\.org|pythonhosted\.org|download\.pytorch|anaconda\.org",
     "note to self": r"\b(?:TODO|FIXME|XXX)\b",
-    "document that is not in the tree": r"\b(?:DESIGN|STYLE)\.md\b|\.\./shared\b",
+    "document that is not in the tree": r"\b(?:DESIGN|STYLE)\.md\b",
 }
 TEXT_SUFFIXES = {"", ".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".j2", ".txt", ".lock", ".cfg"}
 

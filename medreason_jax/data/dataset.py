@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import grain
 import jax
@@ -85,10 +86,10 @@ class Batches:
             start, stop, _ = rows.indices(self.batch_rows)
             for row in range(start, stop):
                 if row not in held:
-                    held[row] = self.rows[first + row]
+                    held[row] = cast(Row, self.rows[first + row])
             return np.stack([held[row][name] for row in range(start, stop)])
 
-        example = self.rows[0]
+        example: Any = self.rows[0]
         return {
             name: put_rows(
                 mesh, lambda rows, n=name: read(rows, n), (self.batch_rows, *array.shape)

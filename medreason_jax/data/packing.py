@@ -38,10 +38,13 @@ def first_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int
 
 def make_row(items: Sequence[Encoded], length: int, pad_id: int) -> Row:
     """One packed row; an item's last token predicts nothing."""
-    row = {name: np.zeros(length, np.int32) for name in ("segments", "positions")}
-    row["tokens"] = np.full(length, pad_id, np.int32)
-    row["targets"] = np.full(length, pad_id, np.int32)
-    row["weights"] = np.zeros(length, np.float32)
+    row: Row = {
+        "tokens": np.full(length, pad_id, np.int32),
+        "targets": np.full(length, pad_id, np.int32),
+        "weights": np.zeros(length, np.float32),
+        "segments": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
+    }
     at = 0
     for number, item in enumerate(items, start=1):
         n = len(item.ids)

@@ -75,7 +75,7 @@ def prepare(
         rejected, rows = [], pack_items(items, length, tokenizer.pad_id, seed)
         tokens = sum(len(item.ids) for item in items)
     else:
-        encode = encode_sft if kind == "sft" else encode_pair
+        encode: Any = encode_sft if kind == "sft" else encode_pair
         encoded = [(record, encode(tokenizer, record, path)) for record in records]
         fits = [(r, e) for r, e in encoded if _size(e) <= length]
         rejected = [_too_long(r, e, length) for r, e in encoded if _size(e) > length]

@@ -5,6 +5,7 @@ B slots, P prompt length, S cache slots (prompt + new tokens), D model, V vocabu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seed: int,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], Any] = lambda done: None,
     ) -> list[Completion]:
         """Completions in the order of `prompts`; request r draws from (seed, r)."""
         order = sorted(range(len(prompts)), key=lambda r: (len(prompts[r]), r))

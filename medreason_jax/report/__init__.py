@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jinja2
 
-from medreason_jax.report.acceptance import find_tiles, tabulate
+from medreason_jax.report.acceptance import find_tiles, tabulate_counts
 from medreason_jax.report.figures import PANELS, draw_accuracies, draw_panel
 from medreason_jax.report.jsonl import read_rows
 from medreason_jax.report.samples import collect_samples, read_predictions
@@ -62,7 +62,7 @@ def render_report(run_dir: Path) -> str:
         accuracies=draw_accuracies(summary.stages),
         curves={name: drawn for name, drawn in curves.items() if drawn},
         tiles=list(find_tiles(counts)),
-        tables=list(tabulate("", counts)),
+        tables=tabulate_counts(counts),
         samples=collect_samples(
             {n: read_predictions(run_dir / n / evaluation / "predictions.jsonl") for n in names}
         ),
