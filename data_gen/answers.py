@@ -63,7 +63,7 @@ def judge(response_text: str, reference: str, options: Mapping[str, str] | None 
     response = _judged_part(response_text)
     if response is None:
         return Verdict("false", "broken think format")
-    if not re.search(r"\w", response):
+    if not normalise(response):
         return Verdict("false", "no answer")
     if options:
         return _judge_option(response, reference, options)
@@ -91,7 +91,7 @@ def _judged_part(text: str) -> str | None:
 
 
 def _judge_plain(response: str, reference: str) -> Verdict:
-    if normalise(response) == normalise(reference):
+    if _is_the_text(response, reference):
         return Verdict("true", "same text")
     if _is_refusal(reference):
         return _judge_refusal(response)
@@ -99,6 +99,20 @@ def _judge_plain(response: str, reference: str) -> Verdict:
     if wanted is not None:
         return _judge_quantity(response, wanted)
     return _judge_text(response, reference)
+
+
+_LEAD = re.compile(
+    r"^\W*(?:(?:so|therefore|thus|hence),?\s+)?(?:the\s+)?(?:(?:correct|right|final|best|most|likely)\s+)*"
+    r"(?:answer|diagnosis|option|choice)(?:\s+is\b|\s*:)",
+    re.IGNORECASE,
+)
+
+
+def _is_the_text(response: str, reference: str) -> bool:
+    """The reference itself, whatever marks it holds, alone or behind "the answer is"."""
+    said = _plain(response)
+    wanted = normalise(reference)
+    return normalise(said) == wanted or normalise(_LEAD.sub("", said, count=1)) == wanted
 
 
 def _compare(asserted: set, wanted: object) -> Verdict:
@@ -138,9 +152,7 @@ def _plain(text: str) -> str:
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？])|\n+")
-_ABBREVIATED = re.compile(
-    r"\b(?:dr|vs|e\.g|i\.e|approx|no|st)\.$|^\(?[A-Za-z0-9]\.$", re.IGNORECASE
-)
+_ABBREVIATED = re.compile(r"(?i)\b(?:dr|vs|e\.g|i\.e|approx|no|st)\.$|^\(?[a-z0-9]\.$")
 _CUE = re.compile(
     r"\b(?:answer|diagnosis|conclusion|choice|correct (?:option|one|dose)|dose|result)\b"
     r"[^.:;,]{0,40}?"
@@ -154,8 +166,7 @@ _REVISION = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(
-    r"\b(?:because|since|given that|as it|as this|considering|due to the fact|whereas|so that)\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:because|since|given that|as it|as this|considering|due to the fact|whereas|so that)\b"
 )
 _BARE_WORDS = 2
 
@@ -271,7 +282,7 @@ def _judge_text(response: str, reference: str) -> Verdict:
 def _names_others(statement: str, reference: str) -> bool:
     """Whether something else is offered beside the reference: "asthma or gout", "asthma, gout"."""
     text = _spaced(statement).replace(_spaced(reference), "@")
-    for piece in re.split(r"(?<!\S)or(?!\S)", text):
+    for piece in re.split(r"(?<!\S)(?:or|plus|\+|as well as)(?!\S)", text):
         if "@" not in piece and re.search(r"\w", piece) and not _is_denied(piece):
             return True
     pieces = [piece.strip() for piece in re.split(r"(?<!\S)(?:and|\|)(?!\S)", text)]
@@ -362,6 +373,7 @@ _NEUTRAL = re.compile(
     r"|\b(?:at most|up to|a maximum of|maximum|max\.?|about|approximately|around|roughly|exactly"
     r"|only)\b"
 )
+_MORE = {"more than", "above", "over", "greater than", ">", "≥"}
 _DOSED = {"mg", "ml", "unit", "tablet", ""}
 _RANGE = re.compile(r"(?<=\d)\s*(?:-|to|~)\s*(?=\d)")
 _IN_WORDS = re.compile(r"\b(?:" + "|".join(_NUMBER_WORDS) + r")\b(?! of\b)")
@@ -393,13 +405,9 @@ def _quantity(match: re.Match) -> Quantity:
     if unit == "times":
         pers = [per for per in pers if per != "day"]
     name = "/".join([unit, *sorted(pers)])
-    return Quantity(value, name, _bound(match["bound"]) + (match["power"] or "").replace(" ", ""))
-
-
-def _bound(words: str | None) -> str:
-    if not words:
-        return ""
-    return ">" if words.strip() in ("more than", "above", "over", "greater than", ">", "≥") else "<"
+    bound = (match["bound"] or "").strip()
+    sign = bound and (">" if bound in _MORE else "<")
+    return Quantity(value, name, sign + (match["power"] or "").replace(" ", ""))
 
 
 def _number(text: str) -> Fraction:
@@ -452,14 +460,11 @@ def _candidates(statement: str, wanted: Quantity) -> list[Quantity]:
     bare = [quantity for quantity in offered if not quantity.unit]
     same = [quantity for quantity in offered if quantity.unit == wanted.unit]
     if same:
-        return [*same, *(bare if _follows_or(statement) else [])]
+        listed = re.search(r"\d\s*(?:or|to|-|/)\s*\d", _plain(statement).casefold())
+        return [*same, *(bare if listed else [])]
     kind = wanted.unit.split("/")[0]
     akin = [quantity for quantity in offered if kind and quantity.unit.split("/")[0] == kind]
     return bare or akin or offered
-
-
-def _follows_or(statement: str) -> bool:
-    return re.search(r"\d\s*(?:or|to|-|/)\s*\d", _plain(statement).casefold()) is not None
 
 
 def _with_unit_of(quantity: Quantity, wanted: Quantity) -> Quantity:
@@ -472,8 +477,8 @@ def _with_unit_of(quantity: Quantity, wanted: Quantity) -> Quantity:
 # --- options ----------------------------------------------------------------------------------
 
 _CUED_LETTERS = (
-    r"(?:is|was|would be|should be|:|=|chose|choose|choice|option|select|pick|letter|は|是|选|選)"
-    r"\s*(?:the\s+)?(?:option|choice|letter)?\s*[:\-]?\s*"
+    r"(?:\b(?:is|was|would be|should be|chose|choose|choice|option|select|pick|letter)"
+    r"|[:=は是选選])\s*(?:the\s+)?(?:option|choice|letter)?\s*[:\-]?\s*"
 )
 _CUES_LETTERS = re.compile(
     r"\b(?:answer|choice|choose|chose|select|pick|correct|right|option)\b|答|选|選|正解",
@@ -485,6 +490,9 @@ def _judge_option(response: str, reference: str, options: Mapping[str, str]) -> 
     wanted = _letter_of(reference, options)
     if wanted is None:
         return Verdict("unscored", f"the reference is no option: {reference[:60]}")
+    whole = {letter for letter, text in options.items() if _is_the_text(response, text)}
+    if len(whole) == 1:
+        return _compare(whole, wanted)
     named = _named_letters(response, options)
     texts = _asserted_options(response, options)
     if named and texts and not (texts & named):

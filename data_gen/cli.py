@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 _UsageError: Any = typer.BadParameter.__base__  # typer names it only through its subclasses
+_INTERRUPTED = 130  # what typer makes of ctrl-c
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _stopping_on_sigterm():
             code = app(args=arguments, standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         return _fail(error.format_message(), 2)

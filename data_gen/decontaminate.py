@@ -3,8 +3,9 @@
 Texts share a window when `window` consecutive characters are equal after normalisation (64, the
 rule of Med-PaLM 2). Rule "paper" drops a text for one shared window. Rule "coverage" drops it when
 the windows shared with one item cover `coverage` of the shorter of both texts, so that a common
-phrase costs nothing. A text shorter than a window has none: it is dropped only if question and
-answer are those of an item.
+phrase costs nothing. A text shorter than a window has none, and two texts shorter than two windows
+are too easily one template with two names ("coverage" only): such a text is dropped only if its
+question and answer are those of an item.
 """
 
 import re
@@ -58,6 +59,8 @@ class Decontaminator:
         if self._rule == "paper":
             return Hit(min(shared), "window", self._covered(text, shared)) if shared else None
         for item, places in sorted(shared.items()):
+            if max(len(text), len(self._texts[item])) < 2 * self._window:
+                continue
             covered = self._covered(text, {item: places})
             if covered >= self._coverage:
                 return Hit(item, "coverage", covered)

@@ -23,6 +23,7 @@ _NEGATIVE = re.compile(
     r"|不正确|错误的|不包括|誤って|誤りは|適切でない|正しくない|でないのは",
     re.IGNORECASE,
 )
+_SHORT_SENTENCE = 25  # characters
 _SEVERAL = re.compile(
     r"\b(?:select|choose|mark) (?:all|two|three|every)\b|\bwhich (?:two|three)\b|\ball that apply\b"
     r"|[2-5２-５二三]つ選べ|多选",
@@ -78,11 +79,17 @@ def reject_by_rule(mcq: Mcq, min_question_chars: int) -> str | None:
         return "answer is not the option of answer_idx"
     if len(mcq.question.strip()) < min_question_chars:
         return "short question"
-    if _NEGATIVE.search(mcq.question):
+    if _NEGATIVE.search(_asked(mcq.question)):
         return "asks for the wrong option"
     if _SEVERAL.search(mcq.question) or _COMBINED.search(mcq.answer.strip()):
         return "several answers"
     return None
+
+
+def _asked(question: str) -> str:
+    """The last sentence, with the one before it where it is short ("Which one?")."""
+    *before, last = re.split(r"(?<=[.?!。？])\s+|(?<=[。？])|\n", question.strip())
+    return f"{before[-1]} {last}" if before and len(last) < _SHORT_SENTENCE else last
 
 
 def list_options(mcq: Mcq) -> str:

@@ -188,13 +188,11 @@ def think_dose(
     lines += [
         f"With {condition}: fine.",
         f"{tens}x{dose}={tens * dose}, {ones}x{dose}={ones * dose}, "
-        f"{tens * dose}+{ones * dose}={total}.",
+        f"sum {total}.",
     ]
     if (total > most) != wrong_limit:
-        lines.append(f"{total} is above {most}: {most}.")
         total = most
-    else:
-        lines.append(f"{total} is not above {most}: {total}.")
+    lines.append(f"Limit {most}: {total}.")
     if times > 1 and not whole_day:
         halves = [total // 2**n for n in range(times.bit_length())]
         lines.append(", ".join(f"{a}/2={b}" for a, b in pairwise(halves)) + ".")

@@ -146,8 +146,9 @@ def run_arguments(arguments: list[str]) -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
-        if hasattr(error, "format_message"):  # the parser's own errors
-            raise ValueError(error.format_message()) from None
+        told: Any = error
+        if hasattr(told, "format_message"):  # the parser's own errors
+            raise ValueError(told.format_message()) from None
         raise
     if code:
         raise SystemExit(code)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,8 +37,13 @@ ACTIVATION_AXES = {
 }
 
 
-def start_processes() -> None:
-    """Join the other processes of this program, when the launcher says there are any."""
+def start_processes(folder: Path) -> None:
+    """Join the other processes of this program, when the launcher says there are any.
+
+    Compiled programs are kept in `folder`/compile_cache, unless a place for them was set before.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((folder / "compile_cache").absolute()))
     if "MEDREASON_COORDINATOR" in os.environ:
         jax.distributed.initialize(
             coordinator_address=os.environ["MEDREASON_COORDINATOR"],

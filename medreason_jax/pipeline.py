@@ -34,6 +34,7 @@ from medreason_jax.data.prepare import read_lines
 from medreason_jax.data.tokenizer_training import train_tokenizer
 from medreason_jax.evaluate.runner import PREFIX, evaluate, prediction, question_text, write_lines
 from medreason_jax.generate.sampling import Sampling
+from medreason_jax.mesh import start_processes
 from medreason_jax.qwen2.huggingface import export_folder
 from medreason_jax.qwen2.load import load_model, save_model
 from medreason_jax.qwen2.model import init_params
@@ -49,6 +50,7 @@ def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
     root = recipe.runs / recipe.name
     root.mkdir(parents=True, exist_ok=True)
     with run_lock(root):
+        start_processes(root)
         keep_recipe(recipe, root)
         data = generate_data(recipe, root)
         make_base(recipe, root)

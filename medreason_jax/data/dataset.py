@@ -46,6 +46,11 @@ def read_facts(folder: Path) -> dict:
     return json.loads((folder / "dataset.json").read_text())
 
 
+def open_rows(folder: Path) -> Any:
+    """The rows of a prepared folder, memory-mapped, as numpy arrays."""
+    return load_from_disk(str(folder)).with_format("numpy")
+
+
 @dataclass(frozen=True)
 class Source:
     """A prepared folder and its share of the rows of a mixture."""
@@ -61,7 +66,7 @@ class Batches:
         self.batch_rows = batch_rows
         self.facts = [read_facts(source.folder) for source in sources]
         streams = [
-            grain.MapDataset.source(load_from_disk(str(source.folder)).with_format("numpy"))
+            grain.MapDataset.source(open_rows(source.folder))
             .seed(seed + number)
             .shuffle()
             .repeat()

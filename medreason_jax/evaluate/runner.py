@@ -23,7 +23,7 @@ PREFIX = {"answer_only": ANSWER_ONLY, "explain": ""}
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Ask, judge and score; writes predictions.jsonl, then the manifest that ends the step."""
-    start_processes()
+    start_processes(config.folder)
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished

@@ -161,7 +161,7 @@ def progress_bar(label: str, total: int, done: int) -> tqdm:
 
 def train_stage(config: TrainConfig) -> dict[str, Any]:
     """Run (or go on with) a CPT, SFT or preference stage; returns its manifest."""
-    start_processes()
+    start_processes(config.folder)
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished

@@ -81,7 +81,7 @@ def serve() -> Iterator[Callable[[Script], FakeServer]]:
 
 
 class ScriptedTeacher:
-    """As `Teacher.ask_parsed`; `script(prompt, sample)` gives a reply, or a list with its repair."""
+    """As `Teacher.ask_parsed`; `script(prompt, sample)` gives a reply, or also its repair."""
 
     def __init__(self, script: Callable[[str, int], str | list[str]]) -> None:
         self._script = script

@@ -1,11 +1,12 @@
 """The one meaning of correct, against a table of what people and models write."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-from data_gen.answers import accuracy_interval, final_response, has_think_format, judge
+from data_gen.answers import accuracy_interval, final_response, has_think_format, judge, normalise
 
 DRUGS = {"A": "aspirin", "B": "ibuprofen", "C": "naproxen", "D": "celecoxib"}
 DOSES = {"A": "80 mg", "B": "160 mg", "C": "do not give", "D": "80 mg per kg"}
@@ -127,6 +128,11 @@ CASES = [
     ("↓ TSH", "↑ TSH", None, "false"),
     ("↑TSH", "↑ TSH", None, "true"),
     ("HLA-B27", "HLA B27", None, "true"),
+    ("arcuate fasciculus + frontal gyrus of the left side", "arcuate fasciculus", None, "false"),
+    ("↓ ↑ ↓", "↓ ↑ ↓", None, "true"),
+    ("↓ ↑ ↑", "↓ ↑ ↓", None, "false"),
+    ("The answer is cognitive therapy (CBT).", "cognitive therapy (CBT)", None, "true"),
+    ("Answer: HIV, syphilis, and malaria", "HIV, syphilis, and malaria", None, "true"),
     # nothing to judge
     ("", "80 mg", None, "false"),
     ("   \n", "asthma", None, "false"),
@@ -185,6 +191,29 @@ CASES = [
 def test_a_response_is_judged_as_a_person_would(response, reference, options, outcome):
     verdict = judge(response, reference, options)
     assert verdict.outcome == outcome, verdict.reason
+
+
+def test_every_option_of_real_questions_is_told_from_the_others(real_data):
+    lines = (real_data / "medqa-usmle" / "phrases_no_exclude_test.jsonl").read_text()
+    wrong = []
+    for row in map(json.loads, lines.splitlines()):
+        options, right = row["options"], row["answer_idx"]
+        if len({normalise(text) for text in options.values()}) < len(options):
+            continue  # two options with the same text
+        for letter, text in options.items():
+            for said in (
+                text,
+                letter,
+                f"{letter}. {text}",
+                f"The answer is {letter}.",
+                f"Answer: {text}",
+            ):
+                verdict = judge(said, right, options)
+                if verdict.outcome != ("true" if letter == right else "false"):
+                    wrong.append((said, options, right, verdict.reason))
+            if judge(text, row["answer"]).outcome != ("true" if letter == right else "false"):
+                wrong.append((text, row["answer"]))
+    assert len(wrong) <= 2, wrong[:5]  # of 20,000
 
 
 def test_reasons_name_empty_and_double_answers():

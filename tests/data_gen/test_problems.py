@@ -29,6 +29,8 @@ def mcq(question="Which drug lowers a child's fever best?", answer_idx="C", **fi
         ("With which condition must Velotan not be given?", {}, None),
         ("What must not be taken with Velotan? Pick one of these.", {}, None),
         ("Which drug?", {}, "short question"),
+        ("His lungs are normal except for a wheeze. What is the best treatment?", {}, None),
+        ("These drugs lower a fever, except one. Which?", {}, "asks for the wrong option"),
         ("All of these lower a fever EXCEPT one: which?", {}, "asks for the wrong option"),
         ("Which of the following is not a drug for fever?", {}, "asks for the wrong option"),
         ("Which statement on fever is incorrect?", {}, "asks for the wrong option"),
@@ -172,6 +174,15 @@ def test_short_questions_are_dropped_only_when_question_and_answer_are_equal():
     assert index.find("How many mg per dose of Zolutan?", "80 mg") is None
 
 
+def test_a_short_template_with_another_name_is_kept_and_its_copy_in_a_long_text_is_not():
+    rest = "for a child of 39 kg with diabetes. How many mg of it are given per dose?"
+    one, other = f"Hiro-tan {rest}", f"Laro-tan {rest}"
+    assert Decontaminator([Item(one, "50 mg")], "coverage").find(other, "50 mg") is None
+    assert Decontaminator([Item(one, "50 mg")], "coverage").find(one, "50 mg") is not None
+    assert Decontaminator([Item(one, "50 mg")], "coverage").find(STEM + one) is not None
+    assert Decontaminator([Item(one, "50 mg")], "paper").find(other, "50 mg") is not None
+
+
 def test_shared_windows_are_those_of_a_brute_force_search():
     import random
 
@@ -195,6 +206,9 @@ def test_a_case_series_is_one_group():
     series = [STEM + "What is the diagnosis?", STEM + TAIL, "Quite another question. " + TAIL]
     first, second, third = find_series(series)
     assert first == second != third
+    start = "Mr Brown, a farmer of 50 with gout, comes back to your practice today. "
+    third, fourth = find_series([start + "What now?", start + "Which drug?"])
+    assert third == fourth
 
 
 def test_real_questions_become_disjoint_splits_and_a_teachers_bank(real_data, tmp_path):
