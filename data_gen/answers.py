@@ -60,9 +60,10 @@ def judge(response_text: str, reference: str, options: Mapping[str, str] | None 
     """Whether the final response gives the reference, which may be an option's letter or text."""
     if not normalise(reference):
         return Verdict("unscored", "no reference answer")
-    response = _judged_part(response_text)
-    if response is None:
+    parts = final_response(response_text)
+    if parts is None and (THINKING in response_text or FINAL_RESPONSE in response_text):
         return Verdict("false", "broken think format")
+    response = response_text if parts is None else parts[1]
     if not normalise(response):
         return Verdict("false", "no answer")
     if options:
@@ -81,13 +82,6 @@ def accuracy_interval(successes: int, n: int) -> tuple[float, float]:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _judged_part(text: str) -> str | None:
-    parts = final_response(text)
-    if parts is not None:
-        return parts[1]
-    return None if THINKING in text or FINAL_RESPONSE in text else text
 
 
 def _judge_plain(response: str, reference: str) -> Verdict:
@@ -166,9 +160,10 @@ _REVISION = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(
-    r"(?i)\b(?:because|since|given that|as it|as this|considering|due to the fact|whereas|so that)\b"
+    r"(?i)\b(?:because|since|given that|as (?:it|this)|considering|due to the fact|whereas)\b"
 )
 _BARE_WORDS = 2
+_NEAR = 100  # characters in which a word can deny what follows it
 
 
 def _statements(response: str, holds_answer: Callable[[str], bool]) -> list[str]:
@@ -245,7 +240,7 @@ def _asserts(statement: str, phrase: str) -> bool:
     text, wanted = _spaced(statement), _spaced(phrase)
     cjk = _CJK.search(wanted) is not None
     pattern = re.escape(wanted) if cjk else rf"(?<!\S){re.escape(wanted)}(?!\S)"
-    matches = ((text[: m.start()], text[m.end() :]) for m in re.finditer(pattern, text))
+    matches = ((_before(text, m), text[m.end() :][:_NEAR]) for m in re.finditer(pattern, text))
     return any(
         not _NEGATED_BEFORE.search(before)
         and not (cjk and _NEGATED_BEFORE_CJK.search(before))
@@ -253,6 +248,10 @@ def _asserts(statement: str, phrase: str) -> bool:
         and (cjk or _ends_name(after))
         for before, after in matches
     )
+
+
+def _before(text: str, match: re.Match) -> str:
+    return text[max(0, match.start() - _NEAR) : match.start()]
 
 
 def _ends_name(after: str) -> bool:
@@ -385,7 +384,7 @@ def _quantities(text: str) -> list[Quantity]:
     return [
         _quantity(match)
         for match in _QUANTITY.finditer(text)
-        if not _is_negated(text[: match.start()]) and not _is_part_of_fraction(text, match)
+        if not _is_negated(_before(text, match)) and not _is_part_of_fraction(text, match)
     ]
 
 
@@ -430,7 +429,7 @@ def _is_negated(before: str) -> bool:
 
 def _is_part_of_fraction(text: str, match: re.Match) -> bool:
     """120/80, 1/2: no plain number."""
-    before, after = text[: match.start()], text[match.end("number") :]
+    before, after = _before(text, match), text[match.end("number") :][:_NEAR]
     return bool(re.match(r"\s*[/:]\s*\d", after) or re.search(r"\d\s*[/:]\s*$", before))
 
 

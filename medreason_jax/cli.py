@@ -50,10 +50,12 @@ def _stage(config: Path, overrides: list[str] | None, json_: bool, kind: str) ->
     if values["kind"] != kind:
         raise ValueError(f"{config}: kind={values['kind']!r}, this command runs {kind!r}")
     if kind == "ppo":
-        manifest = ppo_stage(validate(PPOConfig, values, str(config)))
+        stage = validate(PPOConfig, values, str(config))
+        manifest = ppo_stage(stage)
     else:
-        manifest = train_stage(validate(TrainConfig, values, str(config)))
-    print(json.dumps(manifest) if json_ else f"model   {manifest['model']}")
+        stage = validate(TrainConfig, values, str(config))
+        manifest = train_stage(stage)
+    print(json.dumps(manifest) if json_ else f"model   {stage.folder / manifest['model']}")
 
 
 @app.command()

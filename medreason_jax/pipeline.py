@@ -21,6 +21,7 @@ import jax
 import yaml
 
 from medreason_jax.config import (
+    CandidatesConfig,
     EvaluateConfig,
     PPOConfig,
     RecipeConfig,
@@ -32,8 +33,16 @@ from medreason_jax.config import (
 from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
 from medreason_jax.data.prepare import read_lines
 from medreason_jax.data.tokenizer_training import train_tokenizer
-from medreason_jax.evaluate.runner import PREFIX, evaluate, prediction, question_text, write_lines
+from medreason_jax.evaluate.runner import (
+    PREFIX,
+    evaluate,
+    part_of,
+    prediction,
+    question_text,
+    write_lines,
+)
 from medreason_jax.generate.sampling import Sampling
+from medreason_jax.manifest import read_manifest, write_json
 from medreason_jax.mesh import start_processes
 from medreason_jax.qwen2.huggingface import export_folder
 from medreason_jax.qwen2.load import load_model, save_model
@@ -42,27 +51,24 @@ from medreason_jax.qwen2.parity import parity_gate
 from medreason_jax.qwen2.sizes import read_sizes
 from medreason_jax.report import write_report
 from medreason_jax.rl.loop import ppo_stage
-from medreason_jax.train.run import read_manifest, train_stage, write_json
+from medreason_jax.train.run import progress_bar, train_stage
 
 
 def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
     """Run (or go on with) every stage of a recipe; returns the summary that is also on disk."""
     root = recipe.runs / recipe.name
+    configs = {stage.name: stage_config(recipe, stage, root) for stage in recipe.stages}
     root.mkdir(parents=True, exist_ok=True)
     with run_lock(root):
         start_processes(root)
         keep_recipe(recipe, root)
-        data = generate_data(recipe, root)
+        generate_data(recipe, root)
         make_base(recipe, root)
-        previous = "base"
         for stage in recipe.stages:
-            start = stage.start or previous
-            run_stage(recipe, stage, root, model_folder(root, start))
+            run_stage(recipe, stage, root, configs[stage.name])
             evaluate_stage(recipe, stage, root)
-            previous = stage.name
-        exported = export_stage(recipe, root, previous)
-        summary = summarise(recipe, root, data, exported)
-        summary["report"] = str(root / "report" / "index.html")
+        export_stage(recipe, root, recipe.stages[-1].name)
+        summary = summarise(recipe, root)
         write_json(root / "summary.json", summary)
         write_report(root)
         return summary
@@ -105,44 +111,48 @@ def keep_recipe(recipe: RecipeConfig, root: Path) -> None:
     save_yaml(recipe, path)
 
 
-def model_folder(root: Path, stage: str) -> Path:
-    return root / "base" if stage == "base" else root / stage / "model"
-
-
 # --- data ------------------------------------------------------------------------------------
 
 
-def generate_data(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
-    """Problem set, then `data-gen run` (a process of its own); returns the data manifest."""
+def data_files(recipe: RecipeConfig) -> dict[str, Path]:
+    """Where the records of a run are, by name."""
+    folder = recipe.runs / recipe.name / "data"
+    bank, generated = folder / "bank", folder / "generated"
+    files = {name: generated / f"{name}.jsonl" for name in ("sft", "rl", "pairs")}
+    return files | {name: bank / f"{name}.jsonl" for name in ("corpus", "dev", "test")}
+
+
+def generate_data(recipe: RecipeConfig, root: Path) -> None:
+    """The problem set, then `data-gen run` (a process of its own)."""
     folder = root / "data"
-    finished = read_manifest(folder)
-    if finished is not None:
-        return finished
+    if read_manifest(folder) is not None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    clock = Clock(folder / "seconds.json")
-    bank = folder / "bank"
+    bank, clock = folder / "bank", Clock(folder / "seconds.json")
     with clock:
         if not bank.is_dir():
             partial = bank.with_name("bank.partial")
             shutil.rmtree(partial, ignore_errors=True)
             make_bank(recipe, partial)
             os.replace(partial, bank)
+        check_part(recipe)
         config = folder / "data_gen.yaml"
-        config.write_text(
-            yaml.safe_dump(data_gen_config(recipe, bank, folder / "generated"), sort_keys=False)
-        )
+        settings = data_gen_config(recipe, bank, folder / "generated")
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
         data_gen("run", str(config))
-    manifest = {
-        "kind": "data",
-        "seconds": round(clock.total, 1),
-        "corpus": str(bank / "corpus.jsonl"),
-    }
-    generated = folder / "generated"
-    manifest |= {name: str(generated / f"{name}.jsonl") for name in ("sft", "rl", "pairs")}
-    manifest |= {split: str(bank / f"{split}.jsonl") for split in ("dev", "test")}
-    shutil.copy(generated / "report.json", folder / "report.json")
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+    shutil.copy(folder / "generated" / "report.json", folder / "report.json")
+    write_json(folder / "manifest.json", {"kind": "data", "seconds": round(clock.total, 1)})
+
+
+def check_part(recipe: RecipeConfig) -> None:
+    """The headline's part exists: better said now than after the training."""
+    problems = read_lines(data_files(recipe)[recipe.evaluation.split])
+    parts = sorted({part_of(problem) for problem in problems})
+    if recipe.evaluation.part not in parts:
+        raise ValueError(
+            f"evaluation.part={recipe.evaluation.part!r} is no part of the "
+            f"{recipe.evaluation.split} problems; allowed: {parts}"
+        )
 
 
 def make_bank(recipe: RecipeConfig, bank: Path) -> None:
@@ -218,6 +228,7 @@ class Clock:
 
     def __exit__(self, *_):
         self.total += time.monotonic() - self.start
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"seconds": self.total})
 
 
@@ -227,11 +238,12 @@ class Clock:
 def make_base(recipe: RecipeConfig, root: Path) -> None:
     """runs/<name>/base: random weights with a trained or given tokenizer, or an imported folder."""
     folder = root / "base"
-    if (folder / "params").is_dir():
+    if read_manifest(folder) is not None:
         return
     if recipe.model.folder is not None:
         model = load_model(recipe.model.folder, recipe.mesh, recipe.dtype)
-        save_model(folder, model.params, model.network.sizes, model.tokenizer)
+        save_model(folder / "model", model.params, model.network.sizes, model.tokenizer)
+        write_json(folder / "manifest.json", {"kind": "base", "model": "model"})
         return
     assert recipe.model.sizes is not None
     tokenizer = make_tokenizer(recipe, root)
@@ -241,7 +253,9 @@ def make_base(recipe: RecipeConfig, root: Path) -> None:
             f"model.sizes.vocab_size={sizes.vocab_size} is below the tokenizer's "
             f"{tokenizer.vocab_size} tokens"
         )
-    save_model(folder, init_params(sizes, jax.random.key(recipe.seed)), sizes, tokenizer)
+    params = init_params(sizes, jax.random.key(recipe.seed))
+    save_model(folder / "model", params, sizes, tokenizer)
+    write_json(folder / "manifest.json", {"kind": "base", "model": "model"})
 
 
 def make_tokenizer(recipe: RecipeConfig, root: Path) -> ChatTokenizer:
@@ -249,10 +263,9 @@ def make_tokenizer(recipe: RecipeConfig, root: Path) -> ChatTokenizer:
         return ChatTokenizer(recipe.tokenizer.folder)
     folder = root / "tokenizer"
     if not all((folder / name).is_file() for name in TOKENIZER_FILES):
-        data = read_manifest(root / "data")
-        assert data is not None
-        texts = [record["text"] for record in read_lines(Path(data["corpus"]))]
-        for record in read_lines(Path(data["sft"])):
+        files = data_files(recipe)
+        texts = [record["text"] for record in read_lines(files["corpus"])]
+        for record in read_lines(files["sft"]):
             texts += [record["messages"][-1]["content"], record["thinking"], record["response"]]
         train_tokenizer(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.system, folder)
     return ChatTokenizer(folder)
@@ -261,85 +274,86 @@ def make_tokenizer(recipe: RecipeConfig, root: Path) -> ChatTokenizer:
 # --- stages ----------------------------------------------------------------------------------
 
 
-def run_stage(recipe: RecipeConfig, stage: StageConfig, root: Path, model: Path) -> dict[str, Any]:
-    """One training stage; `medreason sft <stage>/config.yaml` runs it alone."""
-    data = read_manifest(root / "data")
-    assert data is not None
-    finished = read_manifest(root / stage.name)
-    if finished is not None:
-        return finished
+def stage_config(recipe: RecipeConfig, stage: StageConfig, root: Path) -> TrainConfig | PPOConfig:
+    """The resolved config of a stage; `medreason sft <stage>/config.yaml` runs it alone."""
+    files = data_files(recipe)
+    names = ["base", *(each.name for each in recipe.stages)]
+    start = stage.start or names[names.index(stage.name) - 1]
     shared: dict[str, Any] = {
         "kind": stage.kind,
         "folder": root / stage.name,
-        "model": model,
+        "model": root / start,
         "seed": recipe.seed,
         "dtype": recipe.dtype,
         "mesh": recipe.mesh,
     }
     where = f"stages.{stage.name}.settings"
     if stage.kind == "ppo":
-        config = validate(PPOConfig, {**shared, "problems": data["rl"], **stage.settings}, where)
-        return ppo_stage(config)
+        return validate(PPOConfig, {**shared, "problems": files["rl"], **stage.settings}, where)
     if stage.kind == "cpt":
-        sources = [{"path": data["corpus"], "kind": "text"}]
+        sources = [{"path": files["corpus"], "kind": "text"}]
     elif stage.kind == "sft":
-        sources = [{"path": data["sft"], "kind": "sft", "weight": 1.0 - stage.replay}]
+        sources = [{"path": files["sft"], "kind": "sft", "weight": 1.0 - stage.replay}]
         if stage.replay > 0:
-            sources.append({"path": data["corpus"], "kind": "text", "weight": stage.replay})
+            sources.append({"path": files["corpus"], "kind": "text", "weight": stage.replay})
     else:
-        pairs = make_pairs(recipe, stage, root, model, data)
+        own = root / stage.name / "pairs.jsonl"
+        pairs = files["pairs"] if stage.candidates is None else own
         sources = [{"path": pairs, "kind": "preference"}]
-    config = validate(TrainConfig, {**shared, "sources": sources, **stage.settings}, where)
-    return train_stage(config)
+    return validate(TrainConfig, {**shared, "sources": sources, **stage.settings}, where)
 
 
-def make_pairs(recipe: RecipeConfig, stage: StageConfig, root: Path, model: Path, data) -> Path:
-    """Preference pairs: the search's own, or those built from samples of the model as it stands."""
-    if stage.candidates is None:
-        return Path(data["pairs"])
-    folder = root / stage.name
-    samples, pairs = folder / "candidates.jsonl", folder / "pairs.jsonl"
-    if not samples.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        sample_candidates(recipe, stage, model, Path(data["rl"]), samples)
-    if not pairs.is_file():
-        generated = root / "data" / "generated"
-        settings = [
-            f"--set={name}={value}" for name, value in recipe.data_gen.get("pairs", {}).items()
-        ]
-        data_gen(
-            "pairs",
-            str(generated),
-            "--candidates",
-            str(samples),
-            "--out",
-            str(pairs),
-            "--seed",
-            str(recipe.seed),
-            *settings,
+def run_stage(
+    recipe: RecipeConfig, stage: StageConfig, root: Path, config: TrainConfig | PPOConfig
+) -> None:
+    """One training stage, from the model of the stage that it starts from."""
+    if read_manifest(config.folder) is not None:
+        return
+    if not config.model.is_dir():
+        raise FileNotFoundError(
+            f"{config.model} does not exist; stage {stage.name!r} starts from it"
         )
-    return pairs
+    if isinstance(config, PPOConfig):
+        ppo_stage(config)
+        return
+    if stage.candidates is not None:
+        with Clock(config.folder / "candidates.seconds.json"):
+            make_pairs(recipe, stage.candidates, root, config)
+    train_stage(config)
+
+
+def make_pairs(
+    recipe: RecipeConfig, settings: CandidatesConfig, root: Path, config: TrainConfig
+) -> None:
+    """Preference pairs from samples of the model as it stands, and from the search's attempts."""
+    samples, pairs = config.folder / "candidates.jsonl", config.sources[0].path
+    if not samples.is_file():
+        sample_candidates(recipe, settings, config.model, samples)
+    if not pairs.is_file():
+        chosen = recipe.data_gen.get("pairs", {}).items()
+        arguments = [str(root / "data" / "generated"), "--candidates", str(samples)]
+        arguments += ["--out", str(pairs), "--seed", str(recipe.seed)]
+        data_gen("pairs", *arguments, *(f"--set={name}={value}" for name, value in chosen))
 
 
 def sample_candidates(
-    recipe, stage: StageConfig, model_path: Path, problems: Path, out: Path
+    recipe: RecipeConfig, settings: CandidatesConfig, model_path: Path, out: Path
 ) -> None:
     """Samples of the model for the first problems, in both prompt forms, as candidates of pairs."""
-    settings = stage.candidates
-    assert settings is not None
     model = load_model(model_path, recipe.mesh, recipe.dtype)
+    problems = data_files(recipe)["rl"]
     chosen = read_lines(problems)[: settings.problems] * settings.samples
     sampling = Sampling(settings.temperature, 0, 1.0, settings.max_new_tokens)
+    engine = model.engine(recipe.evaluation.slots)
+    bar = progress_bar(f"{out.parent.name} samples", len(PREFIX) * len(chosen), 0)
     records = []
     for form, prefix in PREFIX.items():
         prompts = [
             model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], prefix)
             for p in chosen
         ]
-        completions = model.engine(recipe.evaluation.slots).generate(
-            model.params, prompts, sampling, recipe.seed
-        )
-        for problem, completion in zip(chosen, completions, strict=True):
+        done = engine.generate(model.params, prompts, sampling, recipe.seed, bar.update)
+        for problem, completion in zip(chosen, done, strict=True):
             text = prefix + model.tokenizer.decode(completion.ids)
             judged = prediction(problem, form, text, completion.finish_reason, problems)
             records.append(
@@ -350,16 +364,15 @@ def sample_candidates(
                     "correct": judged["outcome"] == "true",
                 }
             )
+    bar.close()
     write_lines(out, records)
 
 
 def evaluate_stage(recipe: RecipeConfig, stage: StageConfig, root: Path) -> dict[str, Any]:
     settings = recipe.evaluation
-    data = read_manifest(root / "data")
-    assert data is not None
     config = EvaluateConfig(
-        model=root / stage.name / "model",
-        problems=Path(data[settings.split]),
+        model=root / stage.name,
+        problems=data_files(recipe)[settings.split],
         folder=root / stage.name / f"eval-{settings.split}",
         dtype=recipe.dtype,
         mesh=recipe.mesh,
@@ -380,17 +393,16 @@ def export_stage(recipe: RecipeConfig, root: Path, last: str) -> dict[str, Any]:
     if finished is not None:
         return finished
     start = time.monotonic()
-    model = load_model(model_folder(root, last), recipe.mesh, "float32")
+    model = load_model(root / last, recipe.mesh, "float32")
     folder = root / "export" / "model"
     folder.parent.mkdir(exist_ok=True)
     export_folder(
         model.params, model.network.sizes, model.tokenizer, folder, model_card(recipe, last)
     )
-    data = read_manifest(root / "data")
-    assert data is not None
+    problems = read_lines(data_files(recipe)["test"])[:4]
     prompts = [
         model.tokenizer.prompt([{"role": "user", "content": question_text(problem)}])
-        for problem in read_lines(Path(data["dev"]))[:4]
+        for problem in problems
     ]
     gate = parity_gate(folder, model, prompts, min(recipe.evaluation.max_new_tokens, 128))
     seconds = round(time.monotonic() - start, 1)
@@ -415,21 +427,19 @@ def model_card(recipe: RecipeConfig, last: str) -> str:
     )
 
 
-def summarise(recipe: RecipeConfig, root: Path, data, exported) -> dict[str, Any]:
+def summarise(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
     """The table: a row a stage, headline from the recipe's part, all parts beside it."""
+    data, exported = read_manifest(root / "data"), read_manifest(root / "export")
+    assert data is not None and exported is not None
     rows = [empty_row("data", data["seconds"])]
     for stage in recipe.stages:
         manifest = read_manifest(root / stage.name)
         scores = read_manifest(root / stage.name / f"eval-{recipe.evaluation.split}")
         assert manifest is not None and scores is not None
         parts = {part: part_scores(forms) for part, forms in scores["parts"].items()}
-        if recipe.evaluation.part not in parts:
-            raise ValueError(
-                f"evaluation.part={recipe.evaluation.part!r} is no part of the test set; "
-                f"found {sorted(parts)}"
-            )
-        headline = parts[recipe.evaluation.part]
-        row = {"name": stage.name, "seconds": manifest["seconds"], **headline, "parts": parts}
+        sampling = Clock(root / stage.name / "candidates.seconds.json").total
+        row = {"name": stage.name, "seconds": round(manifest["seconds"] + sampling, 1)}
+        row |= {**parts[recipe.evaluation.part], "parts": parts}
         rows.append({**row, "evaluation_seconds": scores["seconds"]})
     rows.append(empty_row("export", exported["seconds"]))
     return {
@@ -441,6 +451,7 @@ def summarise(recipe: RecipeConfig, root: Path, data, exported) -> dict[str, Any
         "stages": rows,
         "export": exported["model"],
         "parity": exported["parity"],
+        "report": str(root / "report" / "index.html"),
     }
 
 

@@ -66,10 +66,7 @@ class Batches:
         self.batch_rows = batch_rows
         self.facts = [read_facts(source.folder) for source in sources]
         streams = [
-            grain.MapDataset.source(open_rows(source.folder))
-            .seed(seed + number)
-            .shuffle()
-            .repeat()
+            grain.MapDataset.source(open_rows(source.folder)).seed(seed + number).shuffle().repeat()
             for number, source in enumerate(sources)
         ]
         self.rows = (

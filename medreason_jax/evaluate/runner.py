@@ -14,9 +14,10 @@ from medreason_jax.data.chat import ANSWER_ONLY
 from medreason_jax.data.prepare import field, read_lines
 from medreason_jax.evaluate.scoring import score_parts
 from medreason_jax.generate.sampling import Sampling
+from medreason_jax.manifest import read_manifest, write_json
 from medreason_jax.mesh import start_processes
 from medreason_jax.qwen2.load import load_model
-from medreason_jax.train.run import progress_bar, read_manifest, write_json
+from medreason_jax.train.run import progress_bar
 
 PREFIX = {"answer_only": ANSWER_ONLY, "explain": ""}
 
@@ -56,7 +57,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "parts": score_parts(predictions),
     }
     if jax.process_index() == 0:
-        config.folder.mkdir(parents=True, exist_ok=True)
         write_lines(config.folder / "predictions.jsonl", predictions)
         write_json(config.folder / "manifest.json", facts)
     return facts
@@ -70,6 +70,11 @@ def question_text(problem: dict[str, Any]) -> str:
     return f"{problem['question']}\n{options}"
 
 
+def part_of(problem: dict[str, Any]) -> str:
+    """The part of the test set that a problem belongs to; banks without parts have one, `test`."""
+    return problem.get("part") or "test"
+
+
 def prediction(problem, form: str, text: str, finish_reason: str, path: Path) -> dict[str, Any]:
     parts = final_response(text)
     verdict = judge(
@@ -77,7 +82,7 @@ def prediction(problem, form: str, text: str, finish_reason: str, path: Path) ->
     )
     return {
         "id": problem["id"],
-        "part": problem.get("part", "test"),
+        "part": part_of(problem),
         "form": form,
         "question": problem["question"],
         "text": text,
@@ -89,6 +94,7 @@ def prediction(problem, form: str, text: str, finish_reason: str, path: Path) ->
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

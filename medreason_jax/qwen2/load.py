@@ -13,6 +13,7 @@ from medreason_jax.checkpoint import load_params, save_params
 from medreason_jax.config import MeshConfig
 from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
 from medreason_jax.generate.engine import Engine
+from medreason_jax.manifest import model_folder
 from medreason_jax.mesh import Sharder, TokenShards, make_mesh, tree_shardings
 from medreason_jax.qwen2.attention import choose_attention
 from medreason_jax.qwen2.huggingface import import_params
@@ -39,9 +40,10 @@ class Loaded:
 
 
 def load_model(folder: Path, mesh_config: MeshConfig, dtype: str, remat: bool = False) -> Loaded:
-    """Open `folder` on the mesh that the config asks for; parameters are float32 masters."""
+    """Open a model or stage folder on the mesh that the config asks for; float32 masters."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"model={folder} does not exist; give a model folder")
+        raise FileNotFoundError(f"model={folder} does not exist; give a model or stage folder")
+    folder = model_folder(folder)
     mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     sizes = read_config_file(folder / "config.json")
     network, abstract = make_network(sizes, make_compute(mesh, dtype, remat))

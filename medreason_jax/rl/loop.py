@@ -12,6 +12,7 @@ from medreason_jax.config import PPOConfig, save_yaml
 from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.data.prepare import read_lines
 from medreason_jax.generate.sampling import Sampling
+from medreason_jax.manifest import read_manifest
 from medreason_jax.mesh import gather_to_host, put_batch, replicated, start_processes
 from medreason_jax.metrics import truncate_after
 from medreason_jax.qwen2.heads import init_score
@@ -19,7 +20,7 @@ from medreason_jax.qwen2.load import load_model
 from medreason_jax.rl.reward import Judged, Rewards, judge_response
 from medreason_jax.rl.rollout import make_rollout_scorer, rollout_rows
 from medreason_jax.train.objectives import proximal_policy
-from medreason_jax.train.run import Run, halt_if_broken, optimizer_of, progress_bar, read_manifest
+from medreason_jax.train.run import Run, halt_if_broken, optimizer_of, progress_bar
 from medreason_jax.train.step import init_state, make_train_step
 
 

@@ -1,8 +1,6 @@
 """A training stage from its config to its manifest: the one owner of side effects."""
 
-import json
 import math
-import os
 import signal
 import sys
 import time
@@ -18,6 +16,7 @@ from medreason_jax.checkpoint import StateCheckpoints, abstract_like, remove_sta
 from medreason_jax.config import OptimizerConfig, TrainConfig, save_yaml
 from medreason_jax.data.dataset import Batches, Source
 from medreason_jax.data.prepare import prepare
+from medreason_jax.manifest import MANIFEST, read_manifest, write_json
 from medreason_jax.mesh import gather_to_host, start_processes
 from medreason_jax.metrics import MetricLog
 from medreason_jax.qwen2.load import Loaded, load_model, save_model
@@ -25,24 +24,9 @@ from medreason_jax.train.objectives import Objective, Scorer, language_modelling
 from medreason_jax.train.optimizer import make_optimizer, make_schedule
 from medreason_jax.train.step import TrainState, init_state, make_train_step, state_shardings
 
-MANIFEST = "manifest.json"
-
 
 class Stopped(RuntimeError):
     """The run was asked to stop and saved its state; the same command goes on."""
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage, None when it is not finished."""
-    path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
 
 
 class Run:
@@ -112,7 +96,7 @@ class Run:
         self.log.close()
         self.checkpoints.close()
         save_model(self.folder / "model", params, model.network.sizes, model.tokenizer)
-        manifest = {**facts, "model": str(self.folder / "model"), "seconds": round(self.seconds, 1)}
+        manifest = {**facts, "model": "model", "seconds": round(self.seconds, 1)}
         if self.main:
             write_json(self.folder / MANIFEST, manifest)
             remove_states(self.folder / "states")
