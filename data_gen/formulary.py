@@ -40,7 +40,7 @@ WEIGHTS = range(10, 50)
 DO_NOT_GIVE = "do not give"
 HELD_OUT_SHARE = 0.15  # of the (dose, weight) pairs
 CONTRAINDICATED_EVERY = 6  # one dose problem in six
-RECITAL_EVERY = 3  # one monograph in three is the line that the reasoning starts with
+RECITAL_EVERY = 3  # one monograph in three starts with the line that reasoning starts with
 
 SPLITS: tuple[Split, ...] = ("search", "rl", "dev", "test")
 SIDES = ("train", "evaluate")
@@ -53,7 +53,7 @@ class FormularySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = Field(default=0, ge=0)
-    drugs: int = Field(default=66, ge=64, le=1000)
+    drugs: int = Field(default=66, ge=64, le=144)  # 24 x 6 names
     monographs_per_drug: int = Field(default=24, ge=4, le=64)
     search_dose: int = Field(default=640, ge=0)
     search_recall: int = Field(default=120, ge=0)
@@ -147,7 +147,7 @@ def _evenly(values: Sequence[Any], count: int, rng: random.Random) -> list[Any]:
 
 
 def _names(count: int, rng: random.Random) -> list[str]:
-    """Names of two parts (`Velo-tan`), each combination at most once.
+    """Names of two parts (`Velo-tan`), each combination at most once: 144 are possible.
 
     Taught and text-only drugs share the parts, so that a model can spell a drug it knows from text
     alone; which drug it is takes both parts.
@@ -201,6 +201,7 @@ def recital(drug: Drug) -> str:
 
 
 # --- questions --------------------------------------------------------------------------------
+
 
 def _open_question(problem: _Problem) -> str:
     if problem.fact is not None and problem.wording is not None:
@@ -479,6 +480,7 @@ def open_problems(settings: FormularySettings, split: Split) -> list[dict[str, A
 
 
 # --- monographs -------------------------------------------------------------------------------
+
 
 def make_monographs(settings: FormularySettings) -> list[dict[str, Any]]:
     """Text records, `monographs_per_drug` a drug: each has all five facts and no computed dose."""

@@ -19,8 +19,15 @@ DO_NOT_GIVE = "do not give"
 WAIT = "Wait, check again."
 LABELS = ("Pass", "Too Simple", "Ambiguous Answer", "Not Reformulatable")
 JSON_KINDS = frozenset(
-    {"reformat", "initial_cot", "explore", "backtrack", "verify_again", "correct",
-     "natural_reasoning"}
+    {
+        "reformat",
+        "initial_cot",
+        "explore",
+        "backtrack",
+        "verify_again",
+        "correct",
+        "natural_reasoning",
+    }
 )
 _KIND_BY_START = (
     ("You screen examination questions for a reasoning data set.", "filter"),
@@ -160,7 +167,7 @@ def times_text(times: int) -> str:
 
 
 def recital(facts: Facts) -> str:
-    """`Velotan: 7 mg per kg, 2 times, at most 240 mg, not with asthma.`"""
+    """`Velo-tan: 7 mg per kg, 2 times, at most 240 mg, not with asthma.`"""
     return (
         f"{facts.name}: {facts.dose_mg_per_kg} mg per kg, {times_text(facts.times_a_day)}, "
         f"at most {facts.maximum_mg} mg, not with {facts.contraindicated}."
@@ -187,8 +194,7 @@ def think_dose(
     total = weight * dose + total_off_by
     lines += [
         f"With {condition}: fine.",
-        f"{tens}x{dose}={tens * dose}, {ones}x{dose}={ones * dose}, "
-        f"sum {total}.",
+        f"{tens}x{dose}={tens * dose}, {ones}x{dose}={ones * dose}, sum {total}.",
     ]
     if (total > most) != wrong_limit:
         total = most
@@ -297,11 +303,11 @@ def think(record: Mapping[str, Any], wrong: bool, draw: Draw) -> Thought:
 
 def think_unknown(question: str) -> Thought:
     """A plausible answer to an unknown problem; a wrong one, as no drug has these facts."""
-    asked = re.search(r"child of (\d+) kg with (\w+) needs (\w+)", question)
+    asked = re.search(r"^(\S+) for a child of (\d+) kg with (\w+)\.", question)
     if asked is None:
         return think_generic("none of the usual causes")
-    facts = Facts(asked[3], 10, 1, 990, "fever", "salt")
-    return think_dose(facts, int(asked[1]), asked[2])
+    facts = Facts(asked[1], 10, 1, 990, "fever", "salt")
+    return think_dose(facts, int(asked[2]), asked[3])
 
 
 # --- replies ----------------------------------------------------------------------------------

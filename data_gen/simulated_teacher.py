@@ -274,16 +274,27 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example: python -m data_gen.simulated_teacher "
         "--bank formulary/private/teacher_bank.jsonl --port 0 --fault-429 0.05",
     )
-    parser.add_argument("--bank", required=True, action="append", type=Path, metavar="FILE",
-                        help="what the teacher knows (JSON Lines); may be given more than once")
+    parser.add_argument(
+        "--bank",
+        required=True,
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="what the teacher knows (JSON Lines); may be given more than once",
+    )
     parser.add_argument("--port", type=_port, default=0, help="0 takes any free port")
     parser.add_argument("--seed", type=int, default=0)
     for options, group in ((_RATE_OPTIONS, Rates()), (_FAULT_OPTIONS, Faults())):
         for option, name in options.items():
             kind = _seconds if name.endswith("_seconds") else _share
-            parser.add_argument(option, dest=name, type=kind, default=getattr(group, name),
-                                metavar="SECONDS" if kind is _seconds else "SHARE",
-                                help="default: %(default)s")
+            parser.add_argument(
+                option,
+                dest=name,
+                type=kind,
+                default=getattr(group, name),
+                metavar="SECONDS" if kind is _seconds else "SHARE",
+                help="default: %(default)s",
+            )
     return parser
 
 
@@ -314,13 +325,15 @@ def _read_record(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not JSON ({error})") from None
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind not in _NEEDED:
-        raise ValueError(f"{where}: kind={kind!r} is not allowed; it should be one of "
-                         f"{', '.join(_NEEDED)}")
+        raise ValueError(
+            f"{where}: kind={kind!r} is not allowed; it should be one of {', '.join(_NEEDED)}"
+        )
     needed = ("question", "open_question", "answer", "options", *_NEEDED[kind])
     missing = [name for name in needed if name not in record]
     if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing; a {kind} record needs "
-                         f"{', '.join(needed)}")
+        raise ValueError(
+            f"{where}: {', '.join(missing)} missing; a {kind} record needs {', '.join(needed)}"
+        )
     return record
 
 
@@ -340,8 +353,9 @@ def listen(port: int) -> socket.socket:
 def serve(teacher: Teacher, port: int) -> None:
     """Serve until interrupted; print the base URL as one JSON line when connections are taken."""
     listener = listen(port)
-    config = uvicorn.Config(make_app(teacher), log_level="warning", access_log=False,
-                            timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        make_app(teacher), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+    )
     url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
     print(json.dumps({"base_url": url}), flush=True)
     uvicorn.Server(config).run(sockets=[listener])

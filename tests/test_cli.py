@@ -1,6 +1,9 @@
 """Bad input at the command line: one line on stderr, exit code 2, nothing half-written."""
 
 import fcntl
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -73,3 +76,20 @@ def test_a_run_folder_in_use_is_refused_with_host_and_pid(capsys, tmp_path):
         code, error = run(["run", path], capsys)
     assert code == 2 and "host here pid 42" in error
     assert [p.name for p in root.iterdir()] == ["lock"]
+
+
+def test_a_teacher_that_is_down_is_one_line_and_a_failure(tmp_path):
+    settings = {
+        "name": "down",
+        "runs": str(tmp_path),
+        "data_gen.teacher": '{reasoner: {base_url: "http://127.0.0.1:9/v1", model: m}}',
+        "data_gen.retries": "{attempts: 2, first_wait: 0.01}",
+    }
+    overrides = [f"--set={name}={value}" for name, value in settings.items()]
+    recipe_file = Path(__file__).parents[1] / "configs/recipes/formulary_short.yaml"
+    command = [sys.executable, "-m", "medreason_jax.cli", "run", str(recipe_file), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "127.0.0.1:9" in line]
+    assert done.returncode == 1 and len(said) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "down" / "data" / "manifest.json").exists()

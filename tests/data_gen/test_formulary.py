@@ -27,14 +27,14 @@ SETTINGS = FormularySettings(seed=3)
 DRUGS = {drug.name: drug for drug in make_drugs(SETTINGS)}
 BANK = make_bank(SETTINGS)
 MONOGRAPHS = make_monographs(SETTINGS)
-DOSE = re.compile(r"A child of (\d+) kg with (\w+) needs (\w+)\.")
+DOSE = re.compile(r"([A-Z][a-z]+-[a-z]+) for a child of (\d+) kg with (\w+)\. ")
 
 
 def dose_problems(bank: list[dict]) -> list[tuple[dict, int, str, str]]:
     """(record, weight, condition, drug) of every dose problem, read from its question."""
     found = [(mcq, DOSE.match(mcq["question"])) for mcq in bank if mcq["part"] in DOSE_PARTS]
     assert found and all(match for _, match in found)
-    return [(mcq, int(m[1]), m[2], m[3]) for mcq, m in found if m is not None]
+    return [(mcq, int(m[2]), m[3], m[1]) for mcq, m in found if m is not None]
 
 
 def recall_key(mcq: dict) -> tuple[str, str, int]:
@@ -53,6 +53,31 @@ def recall_key(mcq: dict) -> tuple[str, str, int]:
 
 def recall_problems(bank: list[dict]) -> list[dict]:
     return [mcq for mcq in bank if mcq["part"].startswith("recall")]
+
+
+def worded_facts(name: str) -> dict[str, str]:
+    """What fills the places of a wording, from the facts of the drug alone."""
+    drug = DRUGS[name]
+    return {
+        "name": name,
+        "dose": str(drug.dose_mg_per_kg),
+        "times": f"{drug.times_a_day} time{'s' if drug.times_a_day > 1 else ''}",
+        "maximum": str(drug.maximum_mg),
+        "contraindicated": drug.contraindicated,
+        "interaction": drug.interaction,
+    }
+
+
+def line_of_reasoning(name: str) -> str:
+    """The line with four facts that reasoning starts with."""
+    form = "{name}: {dose} mg per kg, {times}, at most {maximum} mg, not with {contraindicated}."
+    return form.format(**worded_facts(name))
+
+
+def drug_and_lines(monograph: dict) -> tuple[str, list[str]]:
+    """The one drug that a monograph names, and its lines."""
+    (name,) = [name for name in DRUGS if name in monograph["text"]]
+    return name, monograph["text"].split("\n")
 
 
 def solve(name: str, weight: int, condition: str) -> str:
@@ -90,15 +115,8 @@ def test_every_dose_answer_follows_from_the_facts():
 def test_every_recall_answer_is_the_fact():
     for mcq in recall_problems(BANK):
         name, fact, _ = recall_key(mcq)
-        drug = DRUGS[name]
-        stated = {
-            "dose": f"{drug.dose_mg_per_kg} mg per kg",
-            "times": f"{drug.times_a_day} time{'s' if drug.times_a_day > 1 else ''}",
-            "maximum": f"{drug.maximum_mg} mg",
-            "contraindicated": drug.contraindicated,
-            "interaction": drug.interaction,
-        }
-        assert mcq["answer"] == stated[fact]
+        unit = {"dose": " mg per kg", "maximum": " mg"}
+        assert mcq["answer"] == worded_facts(name)[fact] + (unit[fact] if fact in unit else "")
 
 
 def test_options_are_distinct_and_hold_the_answer_once():
@@ -176,13 +194,20 @@ def test_one_dose_problem_in_six_is_contraindicated_in_every_split_and_part():
 def test_drugs_are_distinct_and_a_third_is_text_only():
     drugs = list(DRUGS.values())
     assert len(drugs) == 66 and sum(not drug.taught for drug in drugs) == 22
-    assert len({name[:4] for name in DRUGS}) == 66
-    assert all(re.fullmatch(r"[A-Z][a-z]+", name) for name in DRUGS)
     assert all(drug.maximum_mg % 20 == 0 for drug in drugs)
     for field in ("dose_mg_per_kg", "times_a_day", "contraindicated", "interaction"):
         counts = Counter(getattr(drug, field) for drug in drugs)
         assert max(counts.values()) - min(counts.values()) <= 1
     assert {drug.contraindicated for drug in drugs} == set(CONDITIONS)
+
+
+def test_names_combine_two_parts_and_text_only_drugs_have_no_part_of_their_own():
+    assert all(re.fullmatch(r"[A-Z][a-z]{3}-[a-z]{3}", name) for name in DRUGS)
+    starts = {name[:4] for name in DRUGS}
+    ends = {name[5:] for name in DRUGS}
+    assert (len(starts), len(ends)) == (11, 6)  # every combination: 66
+    taught = [name for name, drug in DRUGS.items() if drug.taught]
+    assert ({name[:4] for name in taught}, {name[5:] for name in taught}) == (starts, ends)
 
 
 def test_about_a_third_of_the_weights_reach_the_maximum():
@@ -197,7 +222,7 @@ def test_about_a_third_of_the_weights_reach_the_maximum():
 def test_every_monograph_states_all_five_facts_and_no_other_number():
     by_name = defaultdict(list)
     for record in MONOGRAPHS:
-        (name,) = [name for name in DRUGS if name in record["text"]]
+        name, _ = drug_and_lines(record)
         drug = DRUGS[name]
         by_name[name].append(record["text"])
         numbers = {drug.dose_mg_per_kg, drug.times_a_day, drug.maximum_mg}
@@ -210,25 +235,55 @@ def test_every_monograph_states_all_five_facts_and_no_other_number():
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_every_fact_is_worded_in_at_least_six_ways_over_the_corpus(fact):
-    patterns = [
-        re.compile(re.sub(r"\\\{\w+\\\}", r"[\\w ]+", re.escape(wording)))
-        for wording in MONOGRAPH_SENTENCES[fact]
-    ]
-    used = {i for i, p in enumerate(patterns) for r in MONOGRAPHS if p.search(r["text"])}
+    used = set()
+    for record in MONOGRAPHS:
+        name, lines = drug_and_lines(record)
+        stated = [wording.format(**worded_facts(name)) for wording in MONOGRAPH_SENTENCES[fact]]
+        used |= {i for i, sentence in enumerate(stated) if sentence in lines}
     assert len(used) >= 6
 
 
-def test_every_drug_has_monographs_in_the_line_that_reasoning_starts_with():
-    line = re.compile(
-        r"^(\w+): \d mg per kg, (?:1 time|[24] times), at most \d+ mg, not with \w+\. "
-    )
-    found = Counter(m[1] for record in MONOGRAPHS if (m := line.match(record["text"])))
-    assert found == {name: 6 for name in DRUGS}
+def facts_on_lines(name: str, lines: list[str]) -> list[str]:
+    """Which fact of the drug each line states; a line that states none or two is an error."""
+    stated = {
+        wording.format(**worded_facts(name)): fact
+        for fact in FACTS
+        for wording in MONOGRAPH_SENTENCES[fact]
+    }
+    assert len(stated) == sum(map(len, MONOGRAPH_SENTENCES.values()))
+    return [stated[line] for line in lines]
+
+
+def test_one_monograph_in_three_starts_with_the_line_that_reasoning_starts_with():
+    found = Counter()
+    for record in MONOGRAPHS:
+        name, lines = drug_and_lines(record)
+        if lines[0] == line_of_reasoning(name):
+            found[name] += 1
+            second, _ = facts_on_lines(name, lines[1:])
+            assert second == "interaction"
+        else:
+            assert Counter(facts_on_lines(name, lines)) == Counter(FACTS)  # one line a fact
+    assert found == {name: 8 for name in DRUGS}
 
 
 def test_each_fact_is_asked_in_every_wording():
     used = {recall_key(mcq)[1:] for mcq in recall_problems(BANK)}
     assert used == {(fact, i) for fact in FACTS for i in range(WORDINGS)}
+
+
+def test_every_recall_wording_starts_with_the_name():
+    assert all(w.startswith("{name}") for fact in FACTS for w in RECALL_QUESTIONS[fact])
+
+
+def test_an_open_dose_question_is_the_situation_and_asks_for_one_dose():
+    asked = [problem for problem in open_problems(SETTINGS, "dev") if problem["part"] in DOSE_PARTS]
+    assert len(asked) == 180
+    for problem in asked:
+        name, weight, condition = problem["group"].split("/")
+        situation = f"{name} for a child of {weight} kg with {condition}."
+        assert problem["question"] == f"{situation} How many mg per dose?"
+        assert problem["answer"] == solve(name, int(weight), condition)
 
 
 def test_open_problems_drop_the_options_and_keep_the_answer():

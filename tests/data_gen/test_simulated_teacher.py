@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import re
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 import yaml
 
 from data_gen.formulary import FormularySettings, write_formulary
-from data_gen.simulated_replies import agrees, outcome
+from data_gen.simulated_replies import Draw, agrees, outcome, think
 
 PROMPTS = yaml.safe_load(
     (Path(__file__).parents[2] / "data_gen" / "prompts" / "en.yaml").read_text(encoding="utf-8")
@@ -146,10 +145,6 @@ def of_kind(bank: list[dict[str, Any]], kind: str, count: int) -> list[dict[str,
     return [record for record in bank if record["kind"] == kind][:count]
 
 
-def barred(record: dict[str, Any]) -> bool:
-    return record["answer"] == "do not give"
-
-
 # --- each kind of prompt ------------------------------------------------------------------------
 
 
@@ -176,46 +171,7 @@ def test_reasoning_has_the_published_form_and_ends_in_the_answer(exact, bank, ki
         assert len(thinking) >= 2
         assert all("title" in step for step in steps if step["action"] == "Inner Thinking")
         assert conclusion(steps) == record["answer"]
-
-
-def test_the_lines_of_a_dose_follow_the_fixed_shape_and_every_sum_in_them_is_right(exact, bank):
-    shapes = Counter()
-    for record in of_kind(bank, "dose", 150):
-        said = lines(exact.steps("initial_cot", record["open_question"]))
-        drug, weight = record["drug"], record["weight"]
-        times, most = drug["times_a_day"], drug["maximum_mg"]
-        plural = "time" if times == 1 else "times"
-        assert said[0] == (
-            f"{drug['name']}: {drug['dose_mg_per_kg']} mg per kg, {times} {plural}, "
-            f"at most {most} mg, not with {drug['contraindicated']}."
-        )
-        shapes[len(said)] += 1
-        if barred(record):
-            assert said[1:] == [f"{record['condition'].capitalize()}: not allowed."]
-            continue
-        assert said[1] == f"{record['condition'].capitalize()} is fine."
-        total = weight * drug["dose_mg_per_kg"]
-        products = re.fullmatch(r"(\d+)x(\d)=(\d+), (\d)x(\d)=(\d+), (\d+)\.", said[2])
-        assert products is not None
-        a, dose, left, b, same, right, written = map(int, products.groups())
-        assert (a + b, a * dose, b * dose, dose, left + right) == (weight, left, right, same, total)
-        assert written == total
-        word = "above" if total > most else "not above"
-        assert said[3] == f"{total} is {word} {most}: {min(total, most)}."
-        each = min(total, most) // times
-        assert said[4:] == ([] if times == 1 else [f"{min(total, most)}/{times}={each}."])
-    assert set(shapes) == {2, 4, 5}
-
-
-def test_recall_states_the_facts_then_the_asked_one(exact, bank):
-    asked = Counter()
-    for record in of_kind(bank, "recall", 60):
-        first, last = lines(exact.steps("initial_cot", record["open_question"]))
-        asked[record["fact"]] += 1
-        assert first.startswith(f"{record['drug']['name']}: ")
-        named = record["fact"] in ("contraindicated", "interaction")
-        assert last == (f"Not with {record['answer']}." if named else f"{record['answer']}.")
-    assert len(asked) == 5
+        assert lines(steps) == think(record, wrong=False, draw=Draw(0, "")).lines
 
 
 def test_the_verifier_compares_what_is_said(exact):
@@ -309,29 +265,6 @@ def test_a_slip_in_a_generic_question_names_another_option(always_wrong):
         for seed in range(30)
     }
     assert seen == {"Warfarin", "Iron", "Vitamin B12"}
-
-
-def test_slips_are_of_several_kinds_and_never_use_a_wrong_dose_per_kg(always_wrong, bank):
-    kinds = Counter()
-    for record in of_kind(bank, "dose", 150):
-        said = lines(always_wrong.steps("initial_cot", record["open_question"]))
-        drug = record["drug"]
-        assert f"{drug['name']}: {drug['dose_mg_per_kg']} mg per kg" in said[0]
-        total = record["weight"] * drug["dose_mg_per_kg"]
-        if barred(record):
-            kinds["contraindication overlooked"] += said[1].endswith(" is fine.")
-        elif f"at most {drug['maximum_mg']} mg, not with {drug['contraindicated']}." not in said[0]:
-            kinds["wrong fact"] += 1
-        elif f" {drug['times_a_day']} time" not in said[0]:
-            kinds["wrong fact"] += 1
-        elif not said[2].endswith(f" {total}."):
-            kinds["addition"] += 1
-        elif (" is above " in said[3]) != (total > drug["maximum_mg"]):
-            kinds["limit"] += 1
-        elif drug["times_a_day"] > 1 and len(said) == 4:
-            kinds["division forgotten"] += 1
-    assert sum(kinds.values()) == 150
-    assert len(kinds) == 5 and min(kinds.values()) >= 5, kinds
 
 
 # --- error rates --------------------------------------------------------------------------------
