@@ -69,6 +69,16 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_rows(mesh: Mesh, name: str, rows: int, accumulation: int) -> None:
+    """Rows of one optimizer step must split evenly over micro-batches and devices."""
+    parts = accumulation * batch_shards(mesh)
+    if rows % parts:
+        raise ValueError(
+            f"{name}={rows} is not a multiple of accumulation={accumulation} x "
+            f"{batch_shards(mesh)} batch shards of the mesh = {parts}"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 

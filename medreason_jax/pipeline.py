@@ -31,7 +31,7 @@ from medreason_jax.config import (
     validate,
 )
 from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
-from medreason_jax.data.prepare import read_lines
+from medreason_jax.data.sources import read_lines, write_lines
 from medreason_jax.data.tokenizer_training import train_tokenizer
 from medreason_jax.evaluate.runner import (
     PREFIX,
@@ -39,7 +39,6 @@ from medreason_jax.evaluate.runner import (
     part_of,
     prediction,
     question_text,
-    write_lines,
 )
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest, write_json

@@ -20,11 +20,12 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from jax.sharding import Mesh
 
 from medreason_jax.data.packing import Row
+from medreason_jax.data.sources import write_lines
 from medreason_jax.mesh import put_rows
 
 
-def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
-    """Write rows and facts; the folder appears whole or not at all."""
+def write_rows(rows: Sequence[Row], folder: Path, facts: dict, rejected: list[dict]) -> None:
+    """Write rows, facts and what was left out; the folder appears whole or not at all."""
     if not rows:
         raise ValueError(f"nothing to train on in {folder}: no item was left after preparation")
     digest = hashlib.sha256()
@@ -38,6 +39,7 @@ def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     Dataset.from_dict(columns).save_to_disk(str(partial))
     (partial / "dataset.json").write_text(json.dumps(facts, indent=2))
+    write_lines(partial / "rejected.jsonl", rejected)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 

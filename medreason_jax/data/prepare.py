@@ -1,39 +1,15 @@
 """Records of a file to a prepared folder: encode, reject what does not fit, pack."""
 
-import gzip
-import json
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-from medreason_jax.data.chat import ChatTokenizer, Encoded
+from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer, Encoded
 from medreason_jax.data.dataset import read_facts, write_rows
 from medreason_jax.data.packing import pack_items, pack_pairs, split_document
+from medreason_jax.data.sources import field, read_lines
 
 Kind = Literal["text", "sft", "preference"]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSON Lines file (gzip too)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    records = []
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error.msg}") from None
-    return records
-
-
-def field(record: dict[str, Any], name: str, path: Path) -> Any:
-    if name not in record:
-        raise ValueError(
-            f"{path}: record {record.get('id')!r} has no field {name!r}; found {sorted(record)}"
-        )
-    return record[name]
 
 
 def encode_sft(tokenizer: ChatTokenizer, record: dict[str, Any], path: Path) -> Encoded:
@@ -63,12 +39,15 @@ def prepare(
     pairs_per_row: int,
     seed: int,
     folder: Path,
-    accept: Callable[[dict[str, Any]], bool] = lambda record: True,
 ) -> dict:
-    """Prepare `path` into `folder` once; returns its facts. Over-long items: `rejected.jsonl`."""
-    if (folder / "dataset.json").is_file():
+    """Prepare `path` into `folder`, unless it is there already; returns its facts.
+
+    Items longer than a row are records in the folder's `rejected.jsonl`.
+    """
+    key = preparation_key(path, tokenizer, (kind, length, pairs_per_row, seed))
+    if (folder / "dataset.json").is_file() and read_facts(folder)["key"] == key:
         return read_facts(folder)
-    records = [record for record in read_lines(path) if accept(record)]
+    records = read_lines(path)
     if kind == "text":
         documents = [tokenizer.document(field(record, "text", path)) for record in records]
         items = [piece for document in documents for piece in split_document(document, length)]
@@ -86,6 +65,7 @@ def prepare(
         else:
             rows = pack_pairs(items, length, tokenizer.pad_id, pairs_per_row, seed)
     facts = {
+        "key": key,
         "kind": kind,
         "source": path.name,
         "items": len(items),
@@ -96,10 +76,19 @@ def prepare(
         "useful_share": tokens / max(len(rows) * length, 1),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, folder, facts)
-    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
+    write_rows(rows, folder, facts, rejected)
     return read_facts(folder)
+
+
+def preparation_key(path: Path, tokenizer: ChatTokenizer, settings: tuple) -> str:
+    """Changes with the records, the tokenizer and the settings that rows depend on."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in (path, *(tokenizer.folder / name for name in TOKENIZER_FILES)):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _size(encoded) -> int:

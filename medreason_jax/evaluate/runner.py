@@ -1,7 +1,5 @@
 """Accuracy of a model on problems, asked in two forms: answer only, and explain, then answer."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import jax
 from data_gen.answers import final_response, judge
 from medreason_jax.config import EvaluateConfig
 from medreason_jax.data.chat import ANSWER_ONLY
-from medreason_jax.data.prepare import field, read_lines
+from medreason_jax.data.sources import field, read_lines, write_lines
 from medreason_jax.evaluate.scoring import score_parts
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest, write_json
@@ -91,11 +89,3 @@ def prediction(problem, form: str, text: str, finish_reason: str, path: Path) ->
         "reason": verdict.reason if parts else "no final response",
         "finish_reason": finish_reason,
     }
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(partial, path)

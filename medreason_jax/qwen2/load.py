@@ -46,12 +46,18 @@ def load_model(folder: Path, mesh_config: MeshConfig, dtype: str, remat: bool = 
     folder = model_folder(folder)
     mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     sizes = read_config_file(folder / "config.json")
+    tokenizer = ChatTokenizer(folder)
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+            f"{sizes.vocab_size}; they do not belong together"
+        )
     network, abstract = make_network(sizes, make_compute(mesh, dtype, remat))
     if (folder / "params").is_dir():
         params = load_params(folder / "params", abstract, mesh)
     else:
         params = import_params(folder, abstract, tree_shardings(mesh, abstract))
-    return Loaded(mesh, network, ChatTokenizer(folder), params)
+    return Loaded(mesh, network, tokenizer, params)
 
 
 def make_compute(mesh: Mesh, dtype: str, remat: bool) -> Compute:

@@ -1,5 +1,6 @@
 """PPO, read from top to bottom: sample, reward, score, update."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ import numpy as np
 
 from medreason_jax.config import PPOConfig, save_yaml
 from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.data.prepare import read_lines
+from medreason_jax.data.sources import read_lines, write_lines
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest
-from medreason_jax.mesh import gather_to_host, put_batch, replicated, start_processes
+from medreason_jax.mesh import (
+    check_rows,
+    gather_to_host,
+    put_batch,
+    replicated,
+    start_processes,
+)
 from medreason_jax.metrics import truncate_after
 from medreason_jax.qwen2.heads import init_score
 from medreason_jax.qwen2.load import load_model
@@ -31,6 +38,8 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     if finished is not None:
         return finished
     model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    minibatch = config.rollouts // config.minibatches
+    check_rows(model.mesh, "rollouts / minibatches", minibatch, config.accumulation)
     problems, prompts = load_problems(config, model.tokenizer)
     scorer = model.scorer(config.head_chunk, config.temperature)
     engine = model.engine(config.rollouts)
@@ -51,11 +60,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
 
     if jax.process_index() == 0:
         save_yaml(config, config.folder / "config.yaml")
-    run = Run(
-        config.folder,
-        config.checkpoint_every,
-        f"{len(problems)} problems, first {problems[0]['id']}",
-    )
+    run = Run(config.folder, config.checkpoint_every, fingerprint(problems))
     state, done = run.start(state, model.mesh)
     table = RolloutTable(config.folder / "rollouts.jsonl", done, jax.process_index() == 0)
     bar = progress_bar(config.folder.name, config.iterations, done)
@@ -63,11 +68,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     for iteration in range(done + 1, config.iterations + 1):
         chosen = problem_numbers(len(problems), config.rollouts, iteration - 1, config.seed)
         batch_prompts = [prompts[n] for n in chosen]
-        seed = int(
-            jax.random.randint(
-                jax.random.fold_in(jax.random.key(config.seed), iteration), (), 0, 2**31 - 1
-            )
-        )
+        seed = int(np.random.default_rng((config.seed, iteration, 2)).integers(2**31))
         completions = engine.generate(state.params["policy"], batch_prompts, sampling, seed)
 
         texts = [model.tokenizer.decode(completion.ids) for completion in completions]
@@ -79,9 +80,9 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
 
         rows = rollout_rows(batch_prompts, completions, config.length, model.tokenizer.pad_id)
         scores = np.array([j.reward for j in judged], np.float32)
-        batch = put_batch(model.mesh, {**rows, "score": scores})
+        batch, score_B = put_batch(model.mesh, rows), put_batch(model.mesh, {"score": scores})
         training_rows, rollout_metrics = score_rollouts(
-            state.params, reference, batch, batch.pop("score")
+            state.params, reference, batch, score_B["score"]
         )
         host_rows = gather_to_host(training_rows)
         update_metrics = []
@@ -108,20 +109,34 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
 
 
 def load_problems(config: PPOConfig, tokenizer: ChatTokenizer):
-    """Problems whose prompt leaves room for a full response, and the prompts' ids."""
+    """Problems whose prompt leaves room for a full response, and the prompts' ids.
+
+    The others are records in `rejected.jsonl`: a cut prompt would lose the question.
+    """
     room = config.length - config.max_new_tokens
-    kept, prompts = [], []
+    kept, prompts, rejected = [], [], []
     for problem in read_lines(config.problems):
         ids = tokenizer.prompt([{"role": "user", "content": problem["question"]}])
         if len(ids) <= room:
             kept.append(problem)
             prompts.append(ids)
+        else:
+            detail = f"prompt of {len(ids)} tokens, length - max_new_tokens = {room}"
+            rejected.append(
+                {"id": problem["id"], "stage": "ppo", "reason": "too_long", "detail": detail}
+            )
     if not kept:
         raise ValueError(
             f"no problem of {config.problems} has a prompt of at most "
             f"length - max_new_tokens = {room} tokens; raise length"
         )
+    if jax.process_index() == 0:
+        write_lines(config.folder / "rejected.jsonl", rejected)
     return kept, prompts
+
+
+def fingerprint(problems: list[dict[str, Any]]) -> str:
+    return hashlib.sha256("".join(problem["id"] for problem in problems).encode()).hexdigest()[:16]
 
 
 def problem_numbers(count: int, rollouts: int, iteration: int, seed: int) -> list[int]:

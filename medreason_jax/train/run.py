@@ -17,7 +17,7 @@ from medreason_jax.config import OptimizerConfig, TrainConfig, save_yaml
 from medreason_jax.data.dataset import Batches, Source
 from medreason_jax.data.prepare import prepare
 from medreason_jax.manifest import MANIFEST, read_manifest, write_json
-from medreason_jax.mesh import gather_to_host, start_processes
+from medreason_jax.mesh import check_rows, gather_to_host, start_processes
 from medreason_jax.metrics import MetricLog
 from medreason_jax.qwen2.load import Loaded, load_model, save_model
 from medreason_jax.train.objectives import Objective, Scorer, language_modelling, preference
@@ -150,6 +150,7 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
     if finished is not None:
         return finished
     model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    check_rows(model.mesh, "batch_rows", config.batch_rows, config.accumulation)
     facts, batches = prepare_sources(config, model)
     steps = _step_count(config, facts)
     objective, frozen = _objective(config, model)
