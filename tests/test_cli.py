@@ -65,17 +65,26 @@ def test_a_config_of_another_stage_is_refused(capsys, tmp_path, kind):
     assert code == 2 and "'sft'" in error and repr(kind) in error
 
 
+SHORT = str(Path(__file__).parents[1] / "configs/recipes/formulary_short.yaml")
+
+
 def test_a_run_folder_in_use_is_refused_with_host_and_pid(capsys, tmp_path):
-    path = write(tmp_path / "r.yaml", recipe(runs=str(tmp_path / "runs")))
-    root = tmp_path / "runs" / "x"
-    root.mkdir(parents=True)
+    root = tmp_path / "formulary_short"
+    root.mkdir()
     with (root / "lock").open("w") as held:
         held.write("host here pid 42")
         held.flush()
         fcntl.flock(held, fcntl.LOCK_EX)
-        code, error = run(["run", path], capsys)
+        code, error = run(["run", SHORT, f"--set=runs={tmp_path}"], capsys)
     assert code == 2 and "host here pid 42" in error
     assert [p.name for p in root.iterdir()] == ["lock"]
+
+
+def test_a_bad_setting_of_a_late_stage_is_refused_before_anything_runs(capsys, tmp_path):
+    arguments = ["run", SHORT, f"--set=runs={tmp_path}", "--set=stages.ppo.settings.gama=1"]
+    code, error = run(arguments, capsys)
+    assert code == 2 and "gama" in error and "'gamma'" in error
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_teacher_that_is_down_is_one_line_and_a_failure(tmp_path):
@@ -86,8 +95,7 @@ def test_a_teacher_that_is_down_is_one_line_and_a_failure(tmp_path):
         "data_gen.retries": "{attempts: 2, first_wait: 0.01}",
     }
     overrides = [f"--set={name}={value}" for name, value in settings.items()]
-    recipe_file = Path(__file__).parents[1] / "configs/recipes/formulary_short.yaml"
-    command = [sys.executable, "-m", "medreason_jax.cli", "run", str(recipe_file), *overrides]
+    command = [sys.executable, "-m", "medreason_jax.cli", "run", SHORT, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if "127.0.0.1:9" in line]
     assert done.returncode == 1 and len(said) == 1, done.stderr
