@@ -134,6 +134,14 @@ def exit_code_of(call: Callable[[], Any]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("medreason_jax", "data_gen"):
+            raise
+        extra = "export" if missing in ("torch", "transformers") else "cpu, gpu or tpu"
+        said = f"failed: {missing} is not installed; install medreason with its extra {extra}"
+        print(said, file=sys.stderr)
+        return 1
     except RuntimeError as error:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -101,3 +101,11 @@ def test_a_teacher_that_is_down_is_one_line_and_a_failure(tmp_path):
     assert done.returncode == 1 and len(said) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "down" / "data" / "manifest.json").exists()
+
+
+def test_a_missing_extra_is_named(capsys):
+    def call():
+        raise ModuleNotFoundError("No module named 'jax'", name="jax")
+
+    assert exit_code_of(call) == 1
+    assert "jax is not installed" in capsys.readouterr().err
