@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from data_gen.answers import accuracy_interval, judge
 from data_gen.config import Pairs, check_settings, load_config, parse_overrides
+from data_gen.parent import end_with_parent, expected_parent
 from data_gen.records import Problem, Sft, Split, Trace, read_records, write_records
 
 app = typer.Typer(
@@ -43,6 +44,9 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
+        parent = expected_parent()
+        if parent is not None:
+            end_with_parent(parent)
         with _stopping_on_sigterm():
             code = app(args=arguments, standalone_mode=False)
         if code == _INTERRUPTED:
@@ -118,7 +122,8 @@ def run(config: ConfigFile, settings: Overrides = None) -> None:
     from data_gen import pipeline
 
     report = pipeline.run(load_config(config, settings or []))
-    _say_json({name: report[name] for name in ("splits", "wrong_accepted_share", "calls")})
+    told = ("splits", "wrong_accepted_share", "verifier_accepted_wrong", "calls")
+    _say_json({name: report[name] for name in told})
 
 
 @app.command(epilog="example: data-gen problems configs/data.yaml")

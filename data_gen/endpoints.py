@@ -1,17 +1,18 @@
 """From the configured roles to endpoints; the built-in teacher is started as a child process."""
 
-import ctypes
 import hashlib
 import json
-import signal
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from data_gen.config import Role, Simulated, Teachers
+from data_gen.parent import end_with_parent
 from data_gen.records import content_id
 from data_gen.teacher import Endpoint, TeacherFailed, read_api_key
 
@@ -86,7 +87,7 @@ def run_simulated(options: list[str]) -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=partial(end_with_parent, os.getpid()),
         start_new_session=True,  # ctrl-c is the parent's to handle
     )
     try:
@@ -110,13 +111,6 @@ def _stop(child: "subprocess.Popen[str]") -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to end the child if its parent is killed, when no `finally` runs."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _endpoint(name: str, role: Role, urls: dict[str, str], api_key: str) -> Endpoint:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from data_gen.budget import Spent
 from data_gen.records import canonical_json
 
 GROUP_SECONDS = 0.01  # answers that arrive this close together share a commit
+LOCK_PATIENCE = 15.0  # seconds; the child of a killed run may still be closing the journal
+_SECONDS_BETWEEN_TRIES = 0.2
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -58,6 +61,27 @@ def call_key(
 ) -> str:
     """sha256 of what is asked: the model's alias, messages, settings, the sample's index."""
     return hashlib.sha256(canonical_json([alias, messages, settings, sample]).encode()).hexdigest()
+
+
+class Held(ValueError):
+    """Another process is writing the journal."""
+
+
+async def open_journal(path: Path, patience: float = LOCK_PATIENCE) -> "Journal":
+    """The journal, as soon as its writer has ended; `Held` if it has not in `patience` seconds."""
+    deadline = time.monotonic() + patience
+    told = False
+    while True:
+        try:
+            return Journal(path)
+        except Held as held:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                said = f"data-gen: {held.args[0].partition(';')[0]}; waiting up to {patience:g} s"
+                print(said, file=sys.stderr, flush=True)
+                told = True
+        await asyncio.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 class Journal:
@@ -206,7 +230,7 @@ def _take_lock(path: Path) -> Any:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise ValueError(f"{path} is being written by {holder}; wait for it or stop it") from None
+        raise Held(f"{path} is being written by {holder}; wait for it or stop it") from None
     lock.truncate(0)
     lock.write(f"host {socket.gethostname()} pid {os.getpid()}")
     lock.flush()

@@ -117,6 +117,8 @@ def _add_candidate(
         left_out["sample unscored"] += 1
     elif parts is None:
         left_out["sample without the think format"] += 1
+    elif bool(parts[0]) != candidate.explain:  # its prompt would not be the other side's
+        left_out["sample's thinking does not fit its form"] += 1
     elif candidate.correct and "sample" in chosen:
         sides[candidate.problem_id, candidate.explain].right.append(_Answer(*parts, "sample"))
     elif not candidate.correct and "sample" in rejected:

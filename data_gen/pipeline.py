@@ -22,7 +22,7 @@ from data_gen.budget import Budget
 from data_gen.config import Config, Decontamination, Pairs
 from data_gen.decontaminate import Decontaminator, Item
 from data_gen.endpoints import Endpoints, alias_of, open_endpoints
-from data_gen.journal import Journal, summarise
+from data_gen.journal import Journal, open_journal, summarise
 from data_gen.pairs import Paired, make_pairs
 from data_gen.problems import ProblemMaker, rejected
 from data_gen.progress import map_concurrently
@@ -42,11 +42,12 @@ from data_gen.records import (
 )
 from data_gen.report import count_pairs, count_problems, count_search
 from data_gen.rewrite import Rewriter, Rewritten
-from data_gen.search import Searcher
+from data_gen.search import Searcher, conclusion_of
 from data_gen.split import assign_splits
 from data_gen.teacher import Endpoint, Patience, Teacher, make_http_client
 from data_gen.verifiers import RuleVerifier, TeacherVerifier, Verifier
 
+REPORT_FORMAT = 2  # of report.json: an older one is made again, which costs no call
 FILES = ("problems", "traces", "sft", "rl", "pairs", "rejected")
 
 
@@ -237,7 +238,7 @@ async def search(
 ) -> Found:
     """Search every problem of the search split, rewrite what was verified.
 
-    `keys` are the bank's answers by question id: what the rule holds a response against.
+    `keys` are the bank's answers by question id: by them wrong traces and records are counted.
     """
     settings = config.search
     weights = settings.strategies
@@ -292,15 +293,18 @@ def _collect(
     sft = _by_id([record for rewrite in rewritten for record in rewrite.records])
     lost = [trace for trace, _ in results if isinstance(trace, Rejected)]
     unwritten = [rewrite.rejected for rewrite in rewritten if rewrite.rejected is not None]
-    responses = [
-        judge(rewrite.response, _key(problem, keys)).outcome
-        for problem, (_, rewrite) in zip(problems, results, strict=True)
-        if rewrite is not None and rewrite.response is not None
-    ]
     refused = _by_id([*lost, *unwritten])
-    wrong = sum(outcome != "true" for outcome in responses)
-    counts = count_search(len(problems), traces, sft, refused, wrong, len(responses))
+    answers = {problem.id: _key(problem, keys) for problem in problems}
+    ends = [(trace.problem_id, conclusion_of(trace.steps)) for trace in traces]
+    wrong_traces = _count_wrong(ends, answers)
+    wrong_sft = _count_wrong([(str(r.problem_id), r.response) for r in sft], answers)
+    counts = count_search(len(problems), traces, sft, refused, wrong_traces, wrong_sft)
     return Found(traces, sft, refused, counts)
+
+
+def _count_wrong(ends: Iterable[tuple[str, str]], answers: dict[str, str]) -> int:
+    """How many of the (problem id, text) pairs the rule does not find right."""
+    return sum(judge(text, answers[problem]).outcome != "true" for problem, text in ends)
 
 
 def _key(problem: Problem, keys: dict[str, str]) -> str:
@@ -346,7 +350,7 @@ async def open_tools(config: Config) -> AsyncIterator[Tools]:
     """Prompts, journal and teachers; on the way out what has arrived is made durable."""
     prompts = load_prompts(config.language, config.prompts)
     with open_endpoints(config.teacher) as endpoints:
-        journal = Journal(config.out / "journal.sqlite")
+        journal = await open_journal(config.out / "journal.sqlite")
         try:
             limits = config.limits
             budget = Budget(
@@ -397,6 +401,7 @@ def fingerprint_of(config: Config) -> str:
     prompts = load_prompts(config.language, config.prompts)
     return content_id(
         {"settings": settings, "teachers": teachers, "files": contents, "prompts": prompts}
+        | {"report_format": REPORT_FORMAT}
     )
 
 

@@ -36,14 +36,17 @@ def count_search(
     traces: Sequence[Trace],
     sft: Sequence[Sft],
     rejected: Sequence[Rejected],
-    wrong_accepted: int,
-    responses: int,
+    wrong_traces: int,
+    wrong_sft: int,
 ) -> dict[str, Any]:
-    """Search and rewriting: acceptance by strategy and attempt, what the verifier let pass."""
+    """Search and rewriting: acceptance by strategy and attempt, wrong answers let through.
+
+    `wrong_traces` of the traces, which the verifier accepted, and `wrong_sft` of the SFT records do
+    not end in the bank's answer.
+    """
     lost = [record for record in rejected if record.stage == "search"]
     unwritten = [record for record in rejected if record.stage == "rewrite"]
     tried = [*traces, *lost]
-    low, high = accuracy_interval(wrong_accepted, responses)
     return {
         "search": {
             "in": searched,
@@ -62,8 +65,9 @@ def count_search(
             "rejected": _reasons(unwritten),
             "records": _sorted(Counter(record.kind for record in sft)),
         },
-        "wrong_accepted_share": wrong_accepted / responses if responses else 0.0,
-        "wrong_accepted": {"wrong": wrong_accepted, "of": responses, "interval95": [low, high]},
+        "verifier_accepted_wrong": _wrong(wrong_traces, len(traces)),
+        "wrong_accepted_share": wrong_sft / len(sft) if sft else 0.0,
+        "wrong_accepted": _wrong(wrong_sft, len(sft)),
     }
 
 
@@ -80,6 +84,10 @@ def count_pairs(pairs: Sequence[Preference], left_out: Mapping[str, int]) -> dic
             "left_out": dict(left_out),
         }
     }
+
+
+def _wrong(wrong: int, of: int) -> dict[str, Any]:
+    return {"wrong": wrong, "of": of, "interval95": list(accuracy_interval(wrong, of))}
 
 
 def _strategies(record: Trace | Rejected) -> list[str]:

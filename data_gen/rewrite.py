@@ -12,11 +12,10 @@ from data_gen.teacher import Teacher, Unreadable
 
 
 class Rewritten(NamedTuple):
-    """What a trace became; `response` is None if the teacher gave none."""
+    """What a trace became."""
 
     records: list[Sft]
     rejected: Rejected | None
-    response: str | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Rewriter:
         verdict = judge(response.value, problem.answer)
         if verdict.outcome != "true":
             detail = f"{verdict.reason}: {response.value[:120]} (reference: {problem.answer})"
-            return _reject(trace, "answer lost", detail, calls, response.value)
+            return _reject(trace, "answer lost", detail, calls)
         parts: dict[SftKind, str] = {"complex_cot": thinking.value}
         if hash_fraction(self.seed, "direct", problem.id) < self.direct_share:
             parts["direct"] = ""
@@ -55,7 +54,7 @@ class Rewriter:
         records = [
             _sft(problem, trace, kind, text, response.value, calls) for kind, text in parts.items()
         ]
-        return Rewritten(records, None, response.value)
+        return Rewritten(records, None)
 
 
 def render_trace(steps: list[Step]) -> str:
@@ -104,9 +103,7 @@ def _check_headings(thinking: str, response: str) -> None:
         raise Unreadable("it should not hold the headings '## Thinking' or '## Final Response'")
 
 
-def _reject(
-    trace: Trace, reason: str, detail: str, calls: list[str], response: str | None = None
-) -> Rewritten:
+def _reject(trace: Trace, reason: str, detail: str, calls: list[str]) -> Rewritten:
     record = {
         "stage": "rewrite",
         "reason": reason,
@@ -115,7 +112,7 @@ def _reject(
         "trace_id": trace.id,
         "calls": calls,
     }
-    return Rewritten([], Rejected.model_validate(record), response)
+    return Rewritten([], Rejected.model_validate(record))
 
 
 def _sft(

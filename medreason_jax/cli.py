@@ -72,7 +72,7 @@ def sft(config: Config, set_: Set = None, json_: Json = False) -> None:
 
 @app.command()
 def prefer(config: Config, set_: Set = None, json_: Json = False) -> None:
-    """Preference optimisation (RPO; alpha 0 is DPO).  Example: medreason prefer rpo.yaml"""
+    """Preference optimisation: RPO, or DPO with alpha 0.  Example: medreason prefer rpo.yaml"""
     _stage(config, set_, json_, "prefer")
 
 
@@ -142,7 +142,7 @@ def exit_code_of(call: Callable[[], Any]) -> int:
         said = f"failed: {missing} is not installed; install medreason with its extra {extra}"
         print(said, file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 M = TypeVar("M", bound=BaseModel)
 Positive = Annotated[int, Field(ge=1)]
 
@@ -48,7 +50,7 @@ class RunConfig(Strict):
 
     folder: Path
     model: Path
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
     remat: bool = False
@@ -59,6 +61,14 @@ class RunConfig(Strict):
     optimizer: OptimizerConfig
 
 
+class PreferenceConfig(Strict):
+    """RPO: DPO with `beta` plus `alpha` x the chosen answer's NLL; alpha 0 is DPO."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    pairs_per_row: Positive = 4
+
+
 class TrainConfig(RunConfig):
     """CPT, SFT and preference optimisation: one objective over packed rows."""
 
@@ -67,12 +77,12 @@ class TrainConfig(RunConfig):
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-    pairs_per_row: Positive = 4
+    preference: PreferenceConfig | None = None  # of kind prefer, and only of it
 
     @model_validator(mode="after")
-    def _one_length(self):
+    def _fitting_options(self):
+        if (self.preference is not None) != (self.kind == "prefer"):
+            raise ValueError(f"preference goes with kind prefer; this is kind {self.kind}")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"give steps or epochs, not both: steps={self.steps}, epochs={self.epochs}"
@@ -104,6 +114,11 @@ class PPOConfig(RunConfig):
 
     @model_validator(mode="after")
     def _whole_minibatches(self):
+        if self.length <= self.max_new_tokens:
+            raise ValueError(
+                f"length={self.length} leaves no room for a prompt beside "
+                f"max_new_tokens={self.max_new_tokens}; raise length"
+            )
         if self.rollouts % self.minibatches:
             raise ValueError(
                 f"rollouts={self.rollouts} is not a multiple of minibatches={self.minibatches}"
@@ -123,17 +138,33 @@ class EvaluateConfig(Strict):
     max_new_tokens: Positive = 1024
     answer_only_tokens: Positive = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Share = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Seed = 0
     forms: list[Literal["answer_only", "explain"]] = ["answer_only", "explain"]
+
+
+class ModelSizes(Strict):
+    """A Qwen2.5 architecture; the vocabulary is the tokenizer's when not given."""
+
+    vocab_size: Positive | None = None
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    max_position_embeddings: Positive = 32768
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    rope_theta: Annotated[float, Field(gt=0)] = 1e6
+    tie_word_embeddings: bool = True
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
 
 
 class ModelConfig(Strict):
     """Where the base model comes from: a folder, or random weights of the given sizes."""
 
     folder: Path | None = None
-    sizes: dict[str, Any] | None = None
+    sizes: ModelSizes | None = None
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -146,8 +177,16 @@ class TokenizerConfig(Strict):
     """A tokenizer folder, or one trained on the recipe's corpus."""
 
     folder: Path | None = None
-    vocab_size: Annotated[int, Field(ge=300)] = 1024
-    system: str = ""
+    vocab_size: Annotated[int, Field(ge=300)] | None = None
+    system: str | None = None
+
+    @model_validator(mode="after")
+    def _trained_or_given(self):
+        trained = self.vocab_size is not None and self.system is not None
+        given = self.vocab_size is None and self.system is None
+        if not (given if self.folder is not None else trained or given):
+            raise ValueError("give folder, or vocab_size and system for one that is trained")
+        return self
 
 
 class QuestionBankConfig(Strict):
@@ -171,10 +210,14 @@ class CandidatesConfig(Strict):
     max_new_tokens: Positive = 96
 
 
+RESERVED = {"base", "compile_cache", "data", "export", "lock", "report", "tokenizer"}
+OWNED = {"kind", "folder", "model", "sources", "problems", "seed", "dtype", "mesh"}
+
+
 class StageConfig(Strict):
     """One stage of a recipe; `settings` are fields of TrainConfig or PPOConfig."""
 
-    name: str
+    name: Name
     kind: Literal["cpt", "sft", "prefer", "ppo"]
     start: str | None = None  # the stage whose model it starts from; the one before when not given
     replay: Share = 0.0  # share of pretraining rows mixed into SFT
@@ -183,6 +226,11 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _fitting_options(self):
+        if self.name in RESERVED:
+            raise ValueError(f"the stage name {self.name!r} is taken; reserved: {sorted(RESERVED)}")
+        owned = sorted(OWNED & set(self.settings))
+        if owned:
+            raise ValueError(f"settings of stage {self.name!r}: the recipe itself sets {owned}")
         if self.replay > 0 and self.kind != "sft":
             raise ValueError(
                 f"replay={self.replay} is for kind sft, stage {self.name!r} is {self.kind}"
@@ -203,8 +251,8 @@ class RecipeEvaluation(Strict):
 
 
 class RecipeConfig(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: int = 0
+    name: Name
+    seed: Seed = 0
     runs: Path = Path("runs")
     not_for_reporting: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -219,10 +267,16 @@ class RecipeConfig(Strict):
 
     @model_validator(mode="after")
     def _connected(self):
-        if "teacher" not in self.data_gen:
-            raise ValueError(
-                "data_gen.teacher is missing; give a reasoner with base_url or simulated"
-            )
+        teacher = self.data_gen.get("teacher")
+        if not isinstance(teacher, dict) or not all(isinstance(r, dict) for r in teacher.values()):
+            raise ValueError("data_gen.teacher: give a reasoner, with base_url or simulated")
+        owned = sorted({"bank", "out", "seed"} & set(self.data_gen))
+        if owned:
+            raise ValueError(f"data_gen: the recipe itself sets {owned}")
+        if self.model.folder is not None and self.tokenizer != TokenizerConfig():
+            raise ValueError("tokenizer has no effect: model.folder brings its own; remove it")
+        if self.model.sizes is not None and self.tokenizer == TokenizerConfig():
+            raise ValueError("tokenizer: give folder, or vocab_size and system to train one")
         if (self.formulary is None) == (self.question_bank is None):
             raise ValueError("give formulary or question_bank, one of the two")
         seen = ["base"]
@@ -253,6 +307,8 @@ def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise ValueError(f"{path} holds no mapping of fields")
     if "base" in values:
         changes = values.get("changes") or {}
+        if not isinstance(values["base"], str) or not isinstance(changes, dict):
+            raise ValueError(f"{path}: base is a path and changes a mapping of a.b: value")
         others = sorted(set(values) - {"base", "changes"})
         if others:
             raise ValueError(f"{path}: beside base stand only changes, found {others}")
@@ -263,7 +319,10 @@ def load_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override!r} has no '='; write --set a.b=value")
-        _set(values, name, yaml.safe_load(text))
+        try:
+            _set(values, name, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {name}: {text!r} is not a YAML value") from None
     return values
 
 
@@ -333,7 +392,27 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def save_yaml(config: BaseModel, path: Path) -> None:
-    """The resolved config, as YAML that loads back to the same config."""
+    """The resolved config, as YAML that loads back to the same config; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
     values = json.loads(config.model_dump_json())
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
+    os.replace(partial, path)
+
+
+# Where and how fast a run goes may change between its attempts; what it computes may not.
+FREE = {"folder", "mesh", "head_chunk", "remat", "checkpoint_every", "slots"}
+
+
+def check_unchanged(config: BaseModel, path: Path) -> None:
+    """Refuse to go on in a folder that another config (`path`) began."""
+    if not path.is_file():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = json.loads(config.model_dump_json())
+    changed = sorted(name for name in now if name not in FREE and before.get(name) != now[name])
+    if changed:
+        raise ValueError(
+            f"{path.parent} was begun with {changed[0]}={before.get(changed[0])!r}, now "
+            f"{now[changed[0]]!r}; choose another folder or name, or remove this one"
+        )

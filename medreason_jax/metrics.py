@@ -36,17 +36,11 @@ class MetricLog:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep the whole lines whose `step` is at most `step`."""
+    """Keep the records whose `step` is at most `step`; what a kill cut off at the end goes too."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut in two
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    *whole, _cut_off = path.read_text(encoding="utf-8").split("\n")
+    kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

@@ -27,27 +27,27 @@ from medreason_jax.config import (
     RecipeConfig,
     StageConfig,
     TrainConfig,
+    check_unchanged,
     save_yaml,
     validate,
 )
 from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
-from medreason_jax.data.sources import read_lines, write_lines
+from medreason_jax.data.sources import question_text, read_lines, read_problems, write_lines
 from medreason_jax.data.tokenizer_training import train_tokenizer
 from medreason_jax.evaluate.runner import (
     PREFIX,
     evaluate,
     part_of,
     prediction,
-    question_text,
 )
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest, write_json
-from medreason_jax.mesh import start_processes
+from medreason_jax.mesh import check_rows, make_mesh, start_processes
 from medreason_jax.qwen2.huggingface import export_folder
 from medreason_jax.qwen2.load import load_model, save_model
 from medreason_jax.qwen2.model import init_params
 from medreason_jax.qwen2.parity import parity_gate
-from medreason_jax.qwen2.sizes import read_sizes
+from medreason_jax.qwen2.sizes import read_config_file, read_sizes
 from medreason_jax.report import write_report
 from medreason_jax.rl.loop import ppo_stage
 from medreason_jax.train.run import progress_bar, train_stage
@@ -57,10 +57,11 @@ def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
     """Run (or go on with) every stage of a recipe; returns the summary that is also on disk."""
     root = recipe.runs / recipe.name
     configs = {stage.name: stage_config(recipe, stage, root) for stage in recipe.stages}
+    check_inputs(recipe, list(configs.values()))
     root.mkdir(parents=True, exist_ok=True)
     with run_lock(root):
         start_processes(root)
-        keep_recipe(recipe, root)
+        keep_recipe(recipe, root, list(configs.values()))
         generate_data(recipe, root)
         make_base(recipe, root)
         for stage in recipe.stages:
@@ -95,18 +96,57 @@ def run_lock(root: Path):
         file.close()
 
 
-def keep_recipe(recipe: RecipeConfig, root: Path) -> None:
-    """Save the resolved recipe; a folder made by another recipe is refused."""
+def check_inputs(recipe: RecipeConfig, configs: list[TrainConfig | PPOConfig]) -> None:
+    """Whatever can be known to be wrong is said before anything is written or paid for."""
+    if "MEDREASON_COORDINATOR" in os.environ:
+        raise ValueError(
+            "medreason run is one process; launch its stages (medreason sft …) by several instead"
+        )
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    for config in configs:
+        rows = (
+            config.rollouts // config.minibatches
+            if isinstance(config, PPOConfig)
+            else config.batch_rows
+        )
+        check_rows(mesh, f"stage {config.folder.name}: rows a step", rows, config.accumulation)
+    if recipe.model.sizes is not None:
+        read_sizes({**recipe.model.sizes.model_dump(), "vocab_size": 1})
+    if recipe.model.folder is not None:
+        read_config_file(recipe.model.folder / "config.json")
+    for folder in (recipe.model.folder, recipe.tokenizer.folder):
+        if folder is not None:
+            ChatTokenizer(folder)
+    if recipe.question_bank is not None:
+        for path in (recipe.question_bank.path, recipe.question_bank.corpus):
+            if not path.is_file():
+                raise FileNotFoundError(f"question_bank: {path} does not exist; set MEDREASON_DATA")
+
+
+# Fields of a recipe that may not change once the step that they shape has left this behind.
+SHAPED = {
+    "seed": "data/bank",
+    "formulary": "data/bank",
+    "question_bank": "data/bank",
+    "data_gen": "data/manifest.json",
+    "model": "base/manifest.json",
+    "tokenizer": "base/manifest.json",
+}
+
+
+def keep_recipe(recipe: RecipeConfig, root: Path, configs: list[TrainConfig | PPOConfig]) -> None:
+    """Save the resolved recipe; a change that a finished step contradicts is refused."""
+    for config in configs:
+        check_unchanged(config, config.folder / "config.yaml")
     path = root / "recipe.resolved.yaml"
     if path.is_file():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         now = json.loads(recipe.model_dump_json())
-        changed = [name for name in now if before.get(name) != now[name]]
-        if changed:
-            raise ValueError(
-                f"{root} was made with another recipe (field {changed[0]!r} differs); "
-                "choose another name, or remove the folder"
-            )
+        for name, trace in SHAPED.items():
+            if (root / trace).exists() and before[name] != now[name]:
+                raise ValueError(
+                    f"{root} was made with another {name}; choose another name or remove it"
+                )
     save_yaml(recipe, path)
 
 
@@ -145,7 +185,7 @@ def generate_data(recipe: RecipeConfig, root: Path) -> None:
 
 def check_part(recipe: RecipeConfig) -> None:
     """The headline's part exists: better said now than after the training."""
-    problems = read_lines(data_files(recipe)[recipe.evaluation.split])
+    problems = read_problems(data_files(recipe)[recipe.evaluation.split])
     parts = sorted({part_of(problem) for problem in problems})
     if recipe.evaluation.part not in parts:
         raise ValueError(
@@ -158,7 +198,7 @@ def make_bank(recipe: RecipeConfig, bank: Path) -> None:
     """The folder `bank`: bank, corpus, dev and test files, and what the simulated teacher knows."""
     if recipe.formulary is not None:
         settings = [
-            f"--set={name}={value}" for name, value in recipe.formulary.items() if name != "seed"
+            set_option(name, value) for name, value in recipe.formulary.items() if name != "seed"
         ]
         seed = recipe.formulary.get("seed", recipe.seed)
         data_gen("formulary", "--seed", str(seed), "--out", str(bank), *settings)
@@ -206,9 +246,15 @@ def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, An
     return {"bank": str(bank / "bank.jsonl"), "out": str(out), "seed": recipe.seed, **values}
 
 
+def set_option(name: str, value: Any) -> str:
+    return f"--set={name}={json.dumps(value)}"
+
+
 def data_gen(*arguments: str) -> None:
     """Run one `data-gen` command; it says itself what is wrong, and its exit code is ours."""
-    done = subprocess.run([sys.executable, "-m", "data_gen", *arguments], check=False)
+    environment = {**os.environ, "DATA_GEN_END_WITH_PARENT": str(os.getpid())}
+    command = [sys.executable, "-m", "data_gen", *arguments]
+    done = subprocess.run(command, check=False, env=environment, stdout=2)  # ours is the result's
     if done.returncode != 0:
         raise SystemExit(done.returncode)
 
@@ -244,7 +290,8 @@ def make_base(recipe: RecipeConfig, root: Path) -> None:
         return
     assert recipe.model.sizes is not None
     tokenizer = make_tokenizer(recipe, root)
-    sizes = read_sizes({"vocab_size": tokenizer.vocab_size, **recipe.model.sizes})
+    fields = recipe.model.sizes.model_dump(exclude_none=True)
+    sizes = read_sizes({"vocab_size": tokenizer.vocab_size, **fields})
     if sizes.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.sizes.vocab_size={sizes.vocab_size} is below the tokenizer's "
@@ -264,7 +311,9 @@ def make_tokenizer(recipe: RecipeConfig, root: Path) -> ChatTokenizer:
         texts = [record["text"] for record in read_lines(files["corpus"])]
         for record in read_lines(files["sft"]):
             texts += [record["messages"][-1]["content"], record["thinking"], record["response"]]
-        train_tokenizer(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.system, folder)
+        vocab_size, system = recipe.tokenizer.vocab_size, recipe.tokenizer.system
+        assert vocab_size is not None and system is not None
+        train_tokenizer(texts, vocab_size, system, folder)
     return ChatTokenizer(folder)
 
 
@@ -330,7 +379,10 @@ def make_pairs(
         chosen = recipe.data_gen.get("pairs", {}).items()
         arguments = [str(root / "data" / "generated"), "--candidates", str(samples)]
         arguments += ["--out", str(pairs), "--seed", str(recipe.seed)]
-        data_gen("pairs", *arguments, *(f"--set={name}={value}" for name, value in chosen))
+        data_gen("pairs", *arguments, *(set_option(name, value) for name, value in chosen))
+
+
+CORRECT = {"true": True, "false": False, "unscored": None}
 
 
 def sample_candidates(
@@ -338,8 +390,7 @@ def sample_candidates(
 ) -> None:
     """Samples of the model for the first problems, in both prompt forms, as candidates of pairs."""
     model = load_model(model_path, recipe.mesh, recipe.dtype)
-    problems = data_files(recipe)["rl"]
-    chosen = read_lines(problems)[: settings.problems] * settings.samples
+    chosen = read_problems(data_files(recipe)["rl"])[: settings.problems] * settings.samples
     sampling = Sampling(settings.temperature, 0, 1.0, settings.max_new_tokens)
     engine = model.engine(recipe.evaluation.slots)
     bar = progress_bar(f"{out.parent.name} samples", len(PREFIX) * len(chosen), 0)
@@ -352,13 +403,13 @@ def sample_candidates(
         done = engine.generate(model.params, prompts, sampling, recipe.seed, bar.update)
         for problem, completion in zip(chosen, done, strict=True):
             text = prefix + model.tokenizer.decode(completion.ids)
-            judged = prediction(problem, form, text, completion.finish_reason, problems)
+            judged = prediction(problem, form, text, completion.finish_reason)
             records.append(
                 {
                     "problem_id": problem["id"],
                     "explain": form == "explain",
                     "text": text,
-                    "correct": judged["outcome"] == "true",
+                    "correct": CORRECT[judged["outcome"]],
                 }
             )
     bar.close()
@@ -396,7 +447,7 @@ def export_stage(recipe: RecipeConfig, root: Path, last: str) -> dict[str, Any]:
     export_folder(
         model.params, model.network.sizes, model.tokenizer, folder, model_card(recipe, last)
     )
-    problems = read_lines(data_files(recipe)["test"])[:4]
+    problems = read_problems(data_files(recipe)["test"])[:4]
     prompts = [
         model.tokenizer.prompt([{"role": "user", "content": question_text(problem)}])
         for problem in problems

@@ -87,6 +87,36 @@ def test_a_bad_setting_of_a_late_stage_is_refused_before_anything_runs(capsys, t
     assert not any(tmp_path.iterdir())
 
 
+def test_a_recipe_by_several_processes_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDREASON_COORDINATOR", "127.0.0.1:1")
+    code, error = run(["run", SHORT, f"--set=runs={tmp_path}"], capsys)
+    assert code == 2 and "one process" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.sizes.hiden_size=3", ["hiden_size", "hidden_size"]),
+        ("model.sizes.num_key_value_heads=3", ["num_key_value_heads=3"]),
+        ("stages.cpt.settings.folder=x", ["folder", "recipe itself"]),
+        ("stages.cpt.settings.preference={}", ["preference", "kind cpt"]),
+        ("stages.cpt.settings.batch_rows=3", ["cpt", "3", "8"]),
+        ("stages.cpt.name=data", ["'data'", "reserved"]),
+        ("stages.ppo.settings.length=20", ["length=20", "max_new_tokens=24"]),
+        ("data_gen.teacher=[]", ["data_gen.teacher"]),
+        ("evaluation.slots=0", ["slots"]),
+        ("seed=[", ["seed", "'['"]),
+        ("tokenizer.folder=nowhere", ["tokenizer"]),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_anything_is_written(
+    capsys, tmp_path, override, words
+):
+    code, error = run(["run", SHORT, f"--set=runs={tmp_path}", f"--set={override}"], capsys)
+    assert code == 2 and all(word in error for word in words), error
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_teacher_that_is_down_is_one_line_and_a_failure(tmp_path):
     settings = {
         "name": "down",

@@ -1,9 +1,11 @@
 """Bad configs: one line that names the field, the value and what was allowed."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from medreason_jax.config import RecipeConfig, TrainConfig, load_yaml, validate
+from medreason_jax.config import RecipeConfig, TrainConfig, load_yaml, save_yaml, validate
 
 STAGE = {
     "kind": "sft",
@@ -24,9 +26,9 @@ def recipe(**changes):
     ]
     values = {
         "name": "x",
-        "model": {"sizes": {}},
+        "model": {"folder": "m"},
         "formulary": {},
-        "data_gen": {"teacher": {}},
+        "data_gen": {"teacher": {"reasoner": {}}},
         "stages": stages,
         "evaluation": {"part": "p"},
     }
@@ -84,3 +86,15 @@ def test_overrides_reach_fields_and_named_items(tmp_path):
     assert config.stages[1].settings == {"steps": 7}
     with pytest.raises(ValueError, match=r"no item named 'sfd'; found \['cpt', 'sft'\]"):
         load_yaml(path, ["stages.sfd.settings.steps=7"])
+
+
+def test_a_saved_config_loads_back_to_the_same(tmp_path):
+    stage = validate(TrainConfig, STAGE, "stage")
+    save_yaml(stage, tmp_path / "stage.yaml")
+    assert validate(TrainConfig, load_yaml(tmp_path / "stage.yaml", []), "again") == stage
+    for name in ("formulary", "formulary_short", "medical_smoke"):
+        values = load_yaml(Path(__file__).parents[1] / f"configs/recipes/{name}.yaml", [])
+        config = validate(RecipeConfig, values, name)
+        save_yaml(config, tmp_path / "recipe.yaml")
+        again = validate(RecipeConfig, load_yaml(tmp_path / "recipe.yaml", []), "again")
+        assert again == config

@@ -28,12 +28,15 @@ def command(runs: Path, recipe: str = "formulary_short", **settings) -> list[str
     ]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def finish(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
+def finish(arguments: list[str], devices: int = 1) -> str:
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -45,7 +48,7 @@ def table(root: Path) -> list[dict]:
 
 
 def kill_when(arguments: list[str], event: Callable[[], bool], delay: float) -> bool:
-    """SIGKILL a run's process group `delay` s after the event; False if it ended before."""
+    """SIGKILL a run (not its children) `delay` s after the event; False if it ended before."""
     process = subprocess.Popen(
         arguments,
         cwd=ROOT,
@@ -58,7 +61,7 @@ def kill_when(arguments: list[str], event: Callable[[], bool], delay: float) -> 
         while process.poll() is None:
             if event():
                 time.sleep(delay)
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
                 return True
             time.sleep(0.05)
@@ -100,6 +103,21 @@ def test_a_second_run_repeats_nothing(reference):
     assert time.monotonic() - start < 60
 
 
+def test_a_finished_step_contradicts_a_changed_recipe(reference):
+    for name, value in (("formulary.seed", 5), ("stages.sft.settings.steps", 7)):
+        arguments = [*command(reference.parent), f"--set={name}={value}"]
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 2 and name.split(".")[-1 if "steps" in name else 0] in done.stderr
+
+
+def test_the_recipe_runs_on_two_devices(tmp_path):
+    finish(command(tmp_path, **{"mesh.fsdp": 2}), devices=2)
+    summary = json.loads((tmp_path / "formulary_short" / "summary.json").read_text())
+    assert summary["parity"]["logit_error"] < 1e-4
+
+
 def killed_run(runs: Path, events: list[Callable[[], bool]]) -> list[bool]:
     return [kill_when(command(runs), event, 0.1 * n) for n, event in enumerate(events)]
 
@@ -107,10 +125,11 @@ def killed_run(runs: Path, events: list[Callable[[], bool]]) -> list[bool]:
 def test_a_killed_run_goes_on_to_the_same_table(reference, tmp_path):
     root = tmp_path / "formulary_short"
     events = [
+        lambda: (root / "data/generated/journal.sqlite").is_file(),
         lambda: lines(root / "sft/metrics.jsonl") >= 3,
         lambda: lines(root / "ppo/metrics.jsonl") >= 2,
     ]
-    assert killed_run(tmp_path, events) == [True, True]
+    assert killed_run(tmp_path, events) == [True, True, True]
     finish(command(tmp_path))
     assert table(root) == table(reference)
     for stage in ("sft", "ppo"):

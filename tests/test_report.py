@@ -53,8 +53,9 @@ COUNTS = {
         },
         "by_attempt": {"1": {"tried": 71, "accepted": 71}},
     },
-    "wrong_accepted_share": 0.0123,
-    "wrong_accepted": {"wrong": 5, "of": 407, "interval95": [0.004, 0.028]},
+    "wrong_accepted_share": 0.0,
+    "wrong_accepted": {"wrong": 0, "of": 431, "interval95": [0.0, 0.0088]},
+    "verifier_accepted_wrong": {"wrong": 5, "of": 407, "interval95": [0.004, 0.028]},
 }
 
 
@@ -135,7 +136,10 @@ def test_the_report_shows_each_stage_with_its_interval_and_time(report: Reader):
     assert "ppo 50.0% 0.0% 200 1 h 06 min" in text
     assert "data – – – 3.2 s" in text
     assert "dosing sft 25.0% 17.0 to 35.0 – 80" in text
-    assert "1.2% of the accepted responses end in a wrong answer" in text
+    trained = "of the records written for SFT end in a wrong answer by the bank's key"
+    assert f"0.0% {trained} (0 of 431, 95% interval 0.0 to 0.9%)" in text
+    passed = "of the traces that the verifier accepted end in a wrong answer by the bank's key"
+    assert f"1.2% {passed} (5 of 407, 95% interval 0.4 to 2.8%)" in text
     assert "Not for reporting" in text
     assert "Accuracy on the part “dosing” of the test problems" in text
 
@@ -246,7 +250,7 @@ def test_thinning_keeps_the_mean_and_the_order():
     assert sum(values) / len(values) == pytest.approx(4999 / 2)
 
 
-def test_every_count_of_data_generation_appears_in_some_table():
+def test_every_count_of_data_generation_without_a_tile_appears_in_some_table():
     tables = {table.title: table.rows for table in tabulate_counts(COUNTS)}
     assert tables == {
         "stages": [("problems", ["1,000", "900", "90.0%"]), ("search", ["467", "411", "88.0%"])],
@@ -261,7 +265,6 @@ def test_every_count_of_data_generation_appears_in_some_table():
             ("verify", ["200", "81", "40.5%"]),
         ],
         "search: by attempt": [("1", ["71", "71", "100.0%"])],
-        "wrong accepted": [("wrong", ["5"]), ("of", ["407"]), ("interval95", ["0.4 to 2.8%"])],
     }
 
 

@@ -50,10 +50,19 @@ class ChatTokenizer:
             )
         return found
 
+    def _template(self) -> str:
+        """The chat template: a field of the config, or the file that newer folders hold."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if "chat_template" not in self.config:
+            raise ValueError(f"{self.folder} has no chat template; add chat_template.jinja")
+        return self.config["chat_template"]
+
     def _default_system(self) -> str:
         """The system text that the chat template adds to a conversation without one."""
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
-            self.config["chat_template"]
+            self._template()
         )
         text = template.render(messages=[{"role": "user", "content": "x"}], tools=None)
         head = f"{TURN_START}system\n"

@@ -36,7 +36,7 @@ def prepare(
     tokenizer: ChatTokenizer,
     *,
     length: int,
-    pairs_per_row: int,
+    pairs_per_row: int | None,
     seed: int,
     folder: Path,
 ) -> dict:
@@ -63,6 +63,7 @@ def prepare(
         if kind == "sft":
             rows = pack_items(items, length, tokenizer.pad_id, seed)
         else:
+            assert pairs_per_row is not None
             rows = pack_pairs(items, length, tokenizer.pad_id, pairs_per_row, seed)
     facts = {
         "key": key,

@@ -1,6 +1,8 @@
 """A byte-level BPE tokenizer with Qwen2.5's rules, trained on a small corpus."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def chat_template(system: str) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, system: str, folder: Path) -> None:
-    """Train on `texts` and the words of the rendered template; write a Hugging Face folder."""
+    """Train on `texts` and the rendered template; a Hugging Face folder appears at once."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre.Sequence(
@@ -60,8 +62,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, system: str, folder: 
         reasoning_text("x", "y"),
     ]
     tokenizer.train_from_iterator([*texts, *frame * 200], trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer.save(str(partial / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": TURN_END,
@@ -71,4 +75,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, system: str, folder: 
         "model_max_length": 32768,
         "chat_template": chat_template(system),
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

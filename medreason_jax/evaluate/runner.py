@@ -1,15 +1,14 @@
 """Accuracy of a model on problems, asked in two forms: answer only, and explain, then answer."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from data_gen.answers import final_response, judge
-from medreason_jax.config import EvaluateConfig
+from medreason_jax.config import EvaluateConfig, check_unchanged, save_yaml
 from medreason_jax.data.chat import ANSWER_ONLY
-from medreason_jax.data.sources import field, read_lines, write_lines
+from medreason_jax.data.sources import question_text, read_problems, write_lines
 from medreason_jax.evaluate.scoring import score_parts
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest, write_json
@@ -23,12 +22,13 @@ PREFIX = {"answer_only": ANSWER_ONLY, "explain": ""}
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Ask, judge and score; writes predictions.jsonl, then the manifest that ends the step."""
     start_processes(config.folder)
+    check_unchanged(config, config.folder / "config.yaml")
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished
     start = time.monotonic()
     model = load_model(config.model, config.mesh, config.dtype)
-    problems = read_lines(config.problems)
+    problems = read_problems(config.problems)
     engine = model.engine(config.slots)
     bar = progress_bar(
         config.folder.parent.name + " evaluation", len(problems) * len(config.forms), 0
@@ -44,9 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         completions = engine.generate(model.params, prompts, sampling, config.seed, bar.update)
         for problem, completion in zip(problems, completions, strict=True):
             text = PREFIX[form] + model.tokenizer.decode(completion.ids)
-            predictions.append(
-                prediction(problem, form, text, completion.finish_reason, config.problems)
-            )
+            predictions.append(prediction(problem, form, text, completion.finish_reason))
     bar.close()
     facts = {
         "model": str(config.model),
@@ -55,17 +53,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "parts": score_parts(predictions),
     }
     if jax.process_index() == 0:
+        save_yaml(config, config.folder / "config.yaml")
         write_lines(config.folder / "predictions.jsonl", predictions)
         write_json(config.folder / "manifest.json", facts)
     return facts
-
-
-def question_text(problem: dict[str, Any]) -> str:
-    """The question, followed by its lettered options when it has them."""
-    if not problem.get("options"):
-        return problem["question"]
-    options = "\n".join(f"{letter}. {text}" for letter, text in problem["options"].items())
-    return f"{problem['question']}\n{options}"
 
 
 def part_of(problem: dict[str, Any]) -> str:
@@ -73,11 +64,9 @@ def part_of(problem: dict[str, Any]) -> str:
     return problem.get("part") or "test"
 
 
-def prediction(problem, form: str, text: str, finish_reason: str, path: Path) -> dict[str, Any]:
+def prediction(problem, form: str, text: str, finish_reason: str) -> dict[str, Any]:
     parts = final_response(text)
-    verdict = judge(
-        parts[1] if parts else "", field(problem, "answer", path), problem.get("options")
-    )
+    verdict = judge(parts[1] if parts else "", problem["answer"], problem.get("options"))
     return {
         "id": problem["id"],
         "part": part_of(problem),

@@ -6,7 +6,7 @@ from data_gen.answers import accuracy_interval
 
 
 def score_parts(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{part: {form: {n, correct, accuracy, ci95, unanswered}}}; unanswered items count as wrong."""
+    """{part: {form: {n, correct, accuracy, ci95, unscored, truncated}}}; right is true only."""
     parts: dict[str, dict[str, Any]] = {}
     for part in sorted({p["part"] for p in predictions}):
         forms = {}
@@ -19,7 +19,8 @@ def score_parts(predictions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 "correct": correct,
                 "accuracy": correct / max(len(chosen), 1),
                 "ci95": [round(low, 4), round(high, 4)],
-                "unanswered": sum(p["finish_reason"] == "length" for p in chosen),
+                "unscored": sum(p["outcome"] == "unscored" for p in chosen),
+                "truncated": sum(p["finish_reason"] == "length" for p in chosen),
             }
         parts[part] = forms
     return parts

@@ -50,8 +50,10 @@ def _open_tensors(folder: Path) -> tuple[dict[str, Path], Callable[[str], np.nda
             where = dict.fromkeys(file.keys(), single)
 
     def read(name: str) -> np.ndarray:
-        with safe_open(where[name], framework="numpy") as file:
-            return file.get_tensor(name)
+        # numpy alone has no bfloat16, the published weights' type
+        host = jax.local_devices(backend="cpu")[0]
+        with jax.default_device(host), safe_open(where[name], framework="flax") as file:
+            return np.asarray(file.get_tensor(name))
 
     return where, read
 

@@ -31,6 +31,13 @@ class Loaded:
     tokenizer: ChatTokenizer = struct.field(pytree_node=False)
     params: Params
 
+    def check_length(self, length: int) -> None:
+        most = self.network.sizes.max_position_embeddings
+        if length > most:
+            raise ValueError(
+                f"length={length} is beyond the model's max_position_embeddings={most}"
+            )
+
     def scorer(self, chunk: int, temperature: float = 1.0) -> Scorer:
         return Scorer(self.network, TokenShards(self.mesh), chunk, temperature)
 

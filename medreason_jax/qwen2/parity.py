@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from medreason_jax.generate.sampling import Sampling
+from medreason_jax.mesh import batch_shards, gather_to_host, put_batch
 from medreason_jax.qwen2.load import Loaded
 
 LOGIT_ERROR = 1e-4  # relative norm, float32
@@ -58,9 +60,17 @@ def parity_gate(
 
 
 def _logits(model: Loaded, ids: list[int]) -> np.ndarray:
-    import jax.numpy as jnp
+    """Logits [T, V] of one row, which is repeated so that every batch shard has one."""
+    tokens = np.tile(np.asarray(ids, np.int32), (batch_shards(model.mesh), 1))
+    batch = {
+        "tokens": tokens,
+        "positions": np.broadcast_to(np.arange(len(ids), dtype=np.int32), tokens.shape),
+        "segments": np.ones_like(tokens),
+    }
 
-    tokens = jnp.asarray([ids])
-    positions = jnp.arange(len(ids))[None]
-    hidden = model.network.hidden(model.params, tokens, positions, jnp.ones_like(tokens))
-    return np.asarray(hidden[0] @ model.network.vocabulary_kernel(model.params).T)
+    @jax.jit
+    def logits(params, batch):
+        h_BTD = model.network.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
+        return h_BTD @ model.network.vocabulary_kernel(params).T
+
+    return gather_to_host(logits(model.params, put_batch(model.mesh, batch)))[0]

@@ -51,6 +51,12 @@ def read_sizes(fields: dict[str, Any]) -> Sizes:
     rope = fields.get("rope_parameters") or {}  # transformers 5 moved rope_theta in here
     if rope and rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type={rope['rope_type']!r} is not implemented; allowed: 'default'")
+    names = [name for name in Sizes.__dataclass_fields__ if name != "rope_theta"]
+    missing = [name for name in names if name not in fields]
+    if "rope_theta" not in fields and "rope_theta" not in rope:
+        missing.append("rope_theta")
+    if missing:
+        raise ValueError(f"config.json lacks {missing}; it should be a Qwen2.5 model's")
     for name, allowed in REQUIRED.items():
         if name in fields and fields[name] != allowed:
             raise ValueError(f"{name}={fields[name]!r} is not implemented; allowed: {allowed!r}")
@@ -65,7 +71,6 @@ def read_sizes(fields: dict[str, Any]) -> Sizes:
             f"num_key_value_heads={fields['num_key_value_heads']}"
         )
     theta = fields["rope_theta"] if "rope_theta" in fields else rope["rope_theta"]
-    names = [name for name in Sizes.__dataclass_fields__ if name != "rope_theta"]
     return Sizes(rope_theta=float(theta), **{name: fields[name] for name in names})
 
 

@@ -12,7 +12,14 @@ from typing import Any
 from medreason_jax.report.summary import format_interval
 
 # Shown above the tables: what decides whether the data can be trusted.
-PROMINENT = {"wrong_accepted_share": "of the accepted responses end in a wrong answer"}
+# Each is {"wrong", "of", "interval95"}.
+PROMINENT = {
+    "wrong_accepted": "of the records written for SFT end in a wrong answer by the bank's key",
+    "verifier_accepted_wrong": (
+        "of the traces that the verifier accepted end in a wrong answer by the bank's key"
+    ),
+}
+SHOWN_AS_TILES = {*PROMINENT, "wrong_accepted_share"}
 STAGE_KEYS = {"in", "accepted", "rejected"}
 
 
@@ -82,7 +89,7 @@ def tabulate_counts(counts: Mapping[str, Any]) -> list[CountTable]:
     rest = {
         name: {k: v for k, v in value.items() if k not in STAGE_KEYS} if name in stages else value
         for name, value in counts.items()
-        if name not in PROMINENT
+        if name not in SHOWN_AS_TILES
     }
     return [*tables, *tabulate("", rest)]
 
@@ -121,8 +128,9 @@ def tabulate(title: str, counts: Mapping[str, Any]) -> Iterator[CountTable]:
 
 
 def find_tiles(counts: Mapping[str, Any]) -> Iterator[Tile]:
-    for key, value in counts.items():
-        if isinstance(value, Mapping):
-            yield from find_tiles(value)
-        elif key in PROMINENT and value is not None:
-            yield Tile(format_count(key, value), PROMINENT[key])
+    for key, meaning in PROMINENT.items():
+        if key in counts:
+            wrong, of = counts[key]["wrong"], counts[key]["of"]
+            interval = format_count("interval95", counts[key]["interval95"])
+            detail = f"({wrong:,} of {of:,}, 95% interval {interval})"
+            yield Tile(format_ratio(wrong, of), f"{meaning} {detail}")

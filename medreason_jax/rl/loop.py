@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medreason_jax.config import PPOConfig, save_yaml
+from medreason_jax.config import PPOConfig, check_unchanged, save_yaml
 from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.data.sources import read_lines, write_lines
+from medreason_jax.data.sources import question_text, read_problems, write_lines
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest
 from medreason_jax.mesh import (
@@ -34,10 +34,12 @@ from medreason_jax.train.step import init_state, make_train_step
 def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     """Run (or go on with) PPO; iteration i is a function of (seed, i) and of the state."""
     start_processes(config.folder)
+    check_unchanged(config, config.folder / "config.yaml")
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished
     model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    model.check_length(config.length)
     minibatch = config.rollouts // config.minibatches
     check_rows(model.mesh, "rollouts / minibatches", minibatch, config.accumulation)
     problems, prompts = load_problems(config, model.tokenizer)
@@ -47,8 +49,8 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     rewards = Rewards(config.reward_true, config.reward_false, config.reward_unformatted)
 
     steps = config.iterations * config.ppo_epochs * config.minibatches
-    critic_rate = config.critic_rate or config.optimizer.learning_rate
-    scale = critic_rate / config.optimizer.learning_rate
+    rate = config.optimizer.learning_rate
+    scale = 1.0 if config.critic_rate is None else config.critic_rate / rate
     optimizer, _ = optimizer_of(config.optimizer, steps, ((r"^critic\.", scale), (r".", 1.0)))
     reference = jax.tree.map(jnp.copy, model.params)
     critic = init_score(model.network.sizes.hidden_size, 1)
@@ -73,8 +75,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
 
         texts = [model.tokenizer.decode(completion.ids) for completion in completions]
         judged = [
-            judge_response(t, problems[n]["answer"], rewards)
-            for t, n in zip(texts, chosen, strict=True)
+            judge_response(t, problems[n], rewards) for t, n in zip(texts, chosen, strict=True)
         ]
         table.write(iteration, [problems[n]["id"] for n in chosen], texts, judged)
 
@@ -101,7 +102,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         run.write(iteration, values)
         bar.set_postfix_str(f"reward {values['reward']:.3f} kl {values['kl']:.3f}", refresh=False)
         bar.update(1)
-        run.keep(iteration, state, config.iterations)
+        run.keep(iteration, state, config.iterations, run.stop_agreed())
     bar.close()
     table.close()
     facts = {"kind": "ppo", "steps": steps, "parent": str(config.model), "problems": len(problems)}
@@ -115,8 +116,8 @@ def load_problems(config: PPOConfig, tokenizer: ChatTokenizer):
     """
     room = config.length - config.max_new_tokens
     kept, prompts, rejected = [], [], []
-    for problem in read_lines(config.problems):
-        ids = tokenizer.prompt([{"role": "user", "content": problem["question"]}])
+    for problem in read_problems(config.problems):
+        ids = tokenizer.prompt([{"role": "user", "content": question_text(problem)}])
         if len(ids) <= room:
             kept.append(problem)
             prompts.append(ids)

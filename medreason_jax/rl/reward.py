@@ -1,6 +1,7 @@
 """The reward of a response: think-before-answer form, then the verifier's verdict."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from data_gen.answers import final_response, judge
 
@@ -20,10 +21,10 @@ class Judged:
     outcome: str  # "true", "false" or "unformatted"
 
 
-def judge_response(text: str, answer: str, rewards: Rewards) -> Judged:
+def judge_response(text: str, problem: dict[str, Any], rewards: Rewards) -> Judged:
     """An unscored verdict earns what a false one does, under its own name in the table."""
     parts = final_response(text)
     if parts is None or not parts[0].strip():
         return Judged(rewards.unformatted, "unformatted")
-    verdict = judge(parts[1], answer)
+    verdict = judge(parts[1], problem["answer"], problem.get("options"))
     return Judged(rewards.true if verdict.outcome == "true" else rewards.false, verdict.outcome)

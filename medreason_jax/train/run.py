@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from medreason_jax.checkpoint import StateCheckpoints, abstract_like, remove_states
-from medreason_jax.config import OptimizerConfig, TrainConfig, save_yaml
+from medreason_jax.config import OptimizerConfig, TrainConfig, check_unchanged, save_yaml
 from medreason_jax.data.dataset import Batches, Source
 from medreason_jax.data.prepare import prepare
 from medreason_jax.manifest import MANIFEST, read_manifest, write_json
@@ -69,26 +69,25 @@ class Run:
         assert self.log is not None
         self.log.write(unit, metrics)
 
-    def keep(self, unit: int, state: TrainState, total: int) -> None:
-        """Save by cadence; when asked to stop, save and stop."""
-        stop = self._stop_agreed()
-        if (unit % self.every == 0 and unit < total) or stop:
-            self.checkpoints.save(
-                unit, state, {"fingerprint": self.fingerprint, "seconds": self.seconds}
-            )
-        if stop:
-            self.checkpoints.close()
-            raise Stopped(
-                f"stopped at {unit} of {total}, saved in {self.folder}; run it again to go on"
-            )
-
-    def _stop_agreed(self) -> bool:
+    def stop_agreed(self) -> bool:
+        """Whether any process was asked to stop; called once a unit by all of them."""
         if jax.process_count() == 1:
             return self.stop_requested
         from jax.experimental import multihost_utils
 
         flags = multihost_utils.process_allgather(jnp.int32(self.stop_requested))
         return bool(flags.max())
+
+    def keep(self, unit: int, state: TrainState, total: int, stop: bool) -> None:
+        """Save by cadence; when stopping, save and stop."""
+        if (unit % self.every == 0 and unit < total) or stop:
+            facts = {"fingerprint": self.fingerprint, "seconds": self.seconds}
+            self.checkpoints.save(unit, state, facts)
+        if stop:
+            self.checkpoints.close()
+            raise Stopped(
+                f"stopped at {unit} of {total}, saved in {self.folder}; run it again to go on"
+            )
 
     def finish(self, params, model: Loaded, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the model folder, then the manifest that makes the stage done."""
@@ -146,10 +145,12 @@ def progress_bar(label: str, total: int, done: int) -> tqdm:
 def train_stage(config: TrainConfig) -> dict[str, Any]:
     """Run (or go on with) a CPT, SFT or preference stage; returns its manifest."""
     start_processes(config.folder)
+    check_unchanged(config, config.folder / "config.yaml")
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished
     model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    model.check_length(config.length)
     check_rows(model.mesh, "batch_rows", config.batch_rows, config.accumulation)
     facts, batches = prepare_sources(config, model)
     steps = _step_count(config, facts)
@@ -179,11 +180,11 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
         state, metrics = step(state, frozen, batch)
         if pending is not None:
             report(*pending)
-        pending = (unit, metrics)
-        if unit % config.checkpoint_every == 0 or run.stop_requested:
-            report(*pending)
+        pending, stop = (unit, metrics), run.stop_agreed()
+        if unit % config.checkpoint_every == 0 or stop:
+            report(*pending)  # a state is saved only after its step was found good
             pending = None
-        run.keep(unit, state, steps)
+        run.keep(unit, state, steps, stop)
     if pending is not None:
         report(*pending)
     bar.close()
@@ -198,7 +199,7 @@ def prepare_sources(config: TrainConfig, model: Loaded) -> tuple[list[dict[str, 
         folder = config.folder / "prepared" / f"{number}-{source.path.stem}"
         arguments: dict[str, Any] = {
             "length": config.length,
-            "pairs_per_row": config.pairs_per_row,
+            "pairs_per_row": None if config.preference is None else config.preference.pairs_per_row,
             "seed": config.seed,
             "folder": folder,
         }
@@ -230,7 +231,7 @@ def _step_count(config: TrainConfig, facts: list[dict[str, Any]]) -> int:
 def _objective(config: TrainConfig, model: Loaded) -> tuple[Objective, Any]:
     """The objective, and what it needs frozen: the reference policy for preferences."""
     scorer: Scorer = model.scorer(config.head_chunk)
-    if config.kind == "prefer":
+    if config.preference is not None:
         reference = jax.tree.map(jnp.copy, model.params)  # the trained copy is donated
-        return preference(scorer, config.beta, config.alpha), reference
+        return preference(scorer, config.preference.beta, config.preference.alpha), reference
     return language_modelling(scorer), None

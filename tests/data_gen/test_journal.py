@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from data_gen.journal import Call, Journal, call_key, summarise
+from data_gen.journal import Call, Journal, call_key, open_journal, summarise
 
 MESSAGES = [{"role": "user", "content": "q"}]
 
@@ -104,6 +104,41 @@ def test_a_second_writer_is_refused_with_host_and_pid_of_the_first(tmp_path):
         Journal(path)
     journal.close()
     Journal(path).close()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from data_gen.journal import Journal
+
+journal = Journal(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def hold(path, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", HOLDER, str(path), str(seconds)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_writer_that_is_about_to_end_is_waited_for(tmp_path, capsys):
+    path = tmp_path / "j.sqlite"
+    with hold(path, 1.0) as holder:
+        asyncio.run(open_journal(path)).close()
+    [said] = capsys.readouterr().err.splitlines()
+    assert f"pid {holder.pid}" in said and "waiting" in said
+
+
+def test_a_writer_that_stays_is_named_when_the_patience_ends(tmp_path, capsys):
+    path = tmp_path / "j.sqlite"
+    with hold(path, 60) as holder:
+        with pytest.raises(ValueError, match=f"host .* pid {holder.pid}; wait for it or stop it"):
+            asyncio.run(open_journal(path, patience=0.5))
+        holder.kill()
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_recorded_calls_can_be_neither_changed_nor_deleted(tmp_path):

@@ -1,5 +1,6 @@
 """`data-gen run` as a user starts it: faults, kills, concurrency, exit codes."""
 
+import asyncio
 import json
 import os
 import signal
@@ -13,13 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_gen.answers import has_think_format, judge
+from data_gen.answers import accuracy_interval, has_think_format, judge
 from data_gen.cli import main
+from data_gen.config import load_config
 from data_gen.endpoints import run_simulated
 from data_gen.formulary import FormularySettings, write_formulary
 from data_gen.journal import Journal
-from data_gen.pipeline import FILES
+from data_gen.pipeline import FILES, run_search
 from data_gen.records import Mcq, Preference, Problem, Rejected, Sft, Trace, read_records
+from data_gen.search import conclusion_of
 
 SIZES = {"search_dose": 16, "search_recall": 4, "rl_dose": 16, "rl_recall": 4, "dev_per_part": 4}
 SIZES |= {"test_new_combination": 6, "test_new_product": 6, "test_text_only": 6}
@@ -127,7 +130,48 @@ def test_the_report_counts_what_the_files_hold(finished):
     assert sum(sum(report[s]["rejected"].values()) for s in stages) == lines["rejected"]
     attempts = report["search"]["by_attempt"]
     assert sum(a["accepted"] for a in attempts.values()) == lines["traces"]
-    assert 0 <= report["wrong_accepted_share"] <= 1
+    assert report["wrong_accepted"]["of"] == lines["sft"]
+    assert report["verifier_accepted_wrong"]["of"] == lines["traces"]
+
+
+def test_what_the_verifier_let_pass_and_what_is_trained_on_are_counted_apart(bank, tmp_path):
+    simulated = {"bank": str(bank / "private" / "teacher_bank.jsonl"), **ERRORS}
+    simulated["verifier_false_positive"] = 0.5
+    rewrite = {"direct_share": 0.5}
+    teacher = {"reasoner": {"simulated": simulated}}
+    config = write_config(tmp_path / "c.yaml", bank, teacher=teacher, rewrite=rewrite)
+    assert main(["run", str(config)]) == 0
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    keys = {mcq.id: mcq.answer for mcq in read_records(bank / "bank.jsonl", Mcq)}
+    problems = {p.id: keys[p.mcq_id] for p in read_records(out / "problems.jsonl", Problem)}
+    traces = read_records(out / "traces.jsonl", Trace)
+    ends = [(conclusion_of(trace.steps), problems[trace.problem_id]) for trace in traces]
+    wrong = sum(judge(end, key).outcome != "true" for end, key in ends)
+    assert wrong > 0
+    low, high = accuracy_interval(wrong, len(traces))
+    verifier = {"wrong": wrong, "of": len(traces), "interval95": [low, high]}
+    assert report["verifier_accepted_wrong"] == verifier
+    assert report["wrong_accepted_share"] == 0.0  # the last rule check took them out
+    records = len((out / "sft.jsonl").read_text().splitlines())
+    assert (report["wrong_accepted"]["wrong"], report["wrong_accepted"]["of"]) == (0, records)
+
+
+def test_a_record_that_the_banks_key_contradicts_is_counted_as_wrong(bank, tmp_path):
+    config = str(write_config(tmp_path / "c.yaml", bank))
+    assert main(["problems", config]) == 0
+    problems = tmp_path / "out" / "problems.jsonl"
+    records = [json.loads(line) for line in problems.read_text().splitlines()]
+    searched = {record["mcq_id"] for record in records if record["split"] == "search"}
+    other = tmp_path / "bank.jsonl"
+    with open(other, "w") as lines:
+        for mcq in read_records(bank / "bank.jsonl", Mcq):
+            key = "999 mg" if mcq.id in searched else mcq.answer
+            lines.write(mcq.model_copy(update={"answer": key}).model_dump_json() + "\n")
+    found = asyncio.run(run_search(load_config(Path(config), [f"bank={other}"])))
+    records = len((tmp_path / "out" / "sft.jsonl").read_text().splitlines())
+    assert found["wrong_accepted"]["wrong"] == found["wrong_accepted"]["of"] == records > 0
+    assert found["wrong_accepted_share"] == 1.0
 
 
 @pytest.mark.parametrize("concurrency", [1, 40])

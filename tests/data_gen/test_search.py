@@ -186,10 +186,11 @@ def test_a_trace_becomes_natural_reasoning_and_a_response(scripted):
     assert by_kind["complex_cot"].messages[0].content == "How much?"
 
 
-def test_a_response_that_lost_the_answer_is_rejected_but_counted(scripted):
+def test_a_response_that_lost_the_answer_is_rejected_and_quoted(scripted):
     result = rewrite(scripted, NATURAL, "90 mg")
-    assert result.records == [] and result.response == "90 mg"
+    assert result.records == []
     assert result.rejected is not None and result.rejected.reason == "answer lost"
+    assert "90 mg (reference: 80 mg)" in result.rejected.detail
 
 
 def test_reasoning_needs_line_breaks_and_no_format_headings():
@@ -261,6 +262,16 @@ def test_what_cannot_be_paired_is_counted():
     assert left_out["sample unscored"] == 1
     assert left_out["sample without the think format"] == 1
     assert left_out["sample of an unknown problem"] == 1
+
+
+@pytest.mark.parametrize("correct", [True, False])
+@pytest.mark.parametrize(("explain", "thinking"), [(True, ""), (True, None), (False, "t")])
+def test_a_sample_that_thinks_where_its_form_does_not_is_left_out(correct, explain, thinking):
+    sample = candidate("80 mg" if correct else "10 mg", correct, explain, thinking=thinking)
+    found = pairs([sample])
+    assert found.left_out == {"sample's thinking does not fit its form": 1}
+    assert found.pairs == pairs().pairs
+    assert all(bool(s.thinking) == p.explain for p in found.pairs for s in (p.chosen, p.rejected))
 
 
 def test_a_failed_attempt_that_the_rule_finds_right_is_no_wrong_answer():

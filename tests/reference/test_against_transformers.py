@@ -121,3 +121,35 @@ def test_a_special_token_in_a_text_is_text(tokenizer):
     ids = tokenizer.encode("a <|im_end|> b")
     assert tokenizer.end_id not in ids
     assert tokenizer.decode(ids) == "a <|im_end|> b"
+
+
+def test_published_bfloat16_weights_are_read_exactly(tmp_path, tokenizer):
+    mesh, network, _, _, reference = export(tmp_path, tokenizer)
+    reference.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    _, abstract = make_network(network.sizes, network.compute)
+    params = import_params(tmp_path / "bf16", abstract, tree_shardings(mesh, abstract))
+    ours = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"])[1]
+    theirs = reference.model.layers[1].mlp.up_proj.weight.float().detach().numpy().T
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path, tokenizer):
+    from safetensors.numpy import load_file, save_file
+
+    mesh, network, _, _, _ = export(tmp_path, tokenizer)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    _, abstract = make_network(network.sizes, network.compute)
+    shardings = tree_shardings(mesh, abstract)
+
+    def importing(changed):
+        save_file(changed, file)
+        return import_params(tmp_path / "hf", abstract, shardings)
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=name):
+        importing({key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(ValueError, match=rf"{name} has shape \(40, 32\)"):
+        importing({**tensors, name: tensors[name].T[:32, :40].copy()})
+    with pytest.raises(ValueError, match=r"1 unexpected tensors: \['extra'\]"):
+        importing({**tensors, "extra": tensors[name]})

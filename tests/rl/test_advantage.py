@@ -63,7 +63,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_mask():
     ],
 )
 def test_reward_is_one_a_tenth_or_nothing(text, reward):
-    assert judge_response(text, "14 mg", Rewards(1.0, 0.1, 0.0)).reward == reward
+    assert judge_response(text, {"answer": "14 mg"}, Rewards(1.0, 0.1, 0.0)).reward == reward
 
 
 def test_every_epoch_of_problems_is_a_permutation():
