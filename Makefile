@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
+# NPROC: simulated devices that wait in collectives each hold a thread of one pool
+PYTEST := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu NPROC=32 \
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help venv demo demo-short test test-slow test-kill lint format lock clean

@@ -1,1 +1,1 @@
-"""Recipes, stage settings and model sizes: data files, shipped as medreason_jax.configs."""
+"""Recipes: data files, shipped as medreason_jax.configs."""

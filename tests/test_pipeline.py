@@ -30,7 +30,9 @@ def command(runs: Path, recipe: str = "formulary_short", **settings) -> list[str
 
 def environment(devices: int = 1) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    kept = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    threads = {"NPROC": str(4 * devices)} if devices > 1 else {}
+    return {**kept, **threads, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def finish(arguments: list[str], devices: int = 1) -> str:
@@ -112,8 +114,8 @@ def test_a_finished_step_contradicts_a_changed_recipe(reference):
         assert done.returncode == 2 and name.split(".")[-1 if "steps" in name else 0] in done.stderr
 
 
-def test_the_recipe_runs_on_two_devices(tmp_path):
-    finish(command(tmp_path, **{"mesh.fsdp": 2}), devices=2)
+def test_the_recipe_runs_on_eight_devices(tmp_path):
+    finish(command(tmp_path, **{"mesh.fsdp": 2}), devices=8)
     summary = json.loads((tmp_path / "formulary_short" / "summary.json").read_text())
     assert summary["parity"]["logit_error"] < 1e-4
 
