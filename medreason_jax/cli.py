@@ -93,6 +93,42 @@ def evaluate(config: Config, set_: Set = None, json_: Json = False) -> None:
     print(json.dumps(result) if json_ else json.dumps(result["parts"], indent=2))
 
 
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="model, stage or Hugging Face folder")],
+    prompts: Annotated[Path, typer.Option(help="JSON Lines: messages, prompt or token_ids")],
+    out: Annotated[Path, typer.Option(help="JSON Lines to write")],
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="prompts decoded at a time")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    logprobs: Annotated[bool, typer.Option("--logprobs")] = False,
+) -> None:
+    """Answer a file of prompts.
+
+    Example: medreason generate --model Qwen2.5-0.5B --prompts p.jsonl --out o.jsonl
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype!r} is not allowed; give float32 or bfloat16")
+    from medreason_jax.generate.prompts import generate_file
+    from medreason_jax.generate.sampling import Sampling
+
+    count = generate_file(
+        model,
+        prompts,
+        out,
+        sampling=Sampling(temperature, top_k, top_p, max_new_tokens),
+        seed=seed,
+        dtype=dtype,
+        slots=slots,
+        with_logprobs=logprobs,
+    )
+    print(f"answers {count} in {out}")
+
+
 @app.command("import")
 def import_model(source: Path, target: Path) -> None:
     """A Hugging Face folder to a checkpoint.  Example: medreason import Qwen2.5-0.5B ckpt"""
