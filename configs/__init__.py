@@ -1,1 +1,1 @@
-"""Recipes: data files, shipped as medreason_jax.configs."""
+"""Recipes and the published models' sizes: data files, shipped as medreason_jax.configs."""

@@ -1,18 +1,22 @@
 """Architectures read from config.json: the published ones, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from medreason_jax.qwen2.sizes import read_sizes
+from medreason_jax.qwen2.sizes import read_config_file, read_sizes
 from tests.tiny import FIELDS
 
+MODELS = Path(__file__).parents[1] / "configs/models"
 
-def test_parameter_counts_are_those_of_the_published_models(real_data):
-    configs = json.loads((real_data / "qwen2.5-configs/qwen2.5_configs.json").read_text())
-    assert len(configs) == 14
-    for name, fields in configs.items():
-        sizes = read_sizes({"initializer_range": 0.02, **fields})
+
+def test_the_14_models_have_the_published_sizes_and_parameter_counts(real_data):
+    published = json.loads((real_data / "qwen2.5-configs/qwen2.5_configs.json").read_text())
+    assert len(list(MODELS.glob("*.json"))) == len(published) == 14
+    for name, fields in published.items():
+        sizes = read_config_file(MODELS / f"{name.lower()}.json")
+        assert sizes == read_sizes(fields), name
         assert sizes.parameter_count == fields["_param_count"], name
 
 
