@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINKING, FINAL_RESPONSE = "## Thinking\n\n", "## Final Response\n\n"
+ROLES = ("system", "user", "assistant")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -59,14 +60,14 @@ class ChatTokenizer:
             raise ValueError(f"{self.folder} has no chat template; add chat_template.jinja")
         return self.config["chat_template"]
 
-    def _default_system(self) -> str:
-        """The system text that the chat template adds to a conversation without one."""
+    def _default_system(self) -> str | None:
+        """The system text that the chat template adds to a conversation without one, if any."""
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
             self._template()
         )
         text = template.render(messages=[{"role": "user", "content": "x"}], tools=None)
         head = f"{TURN_START}system\n"
-        return text[len(head) : text.index(TURN_END)] if text.startswith(head) else ""
+        return text[len(head) : text.index(TURN_END)] if text.startswith(head) else None
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -76,10 +77,14 @@ class ChatTokenizer:
 
     def prompt(self, messages: list[dict[str, str]], prefix: str = "") -> list[int]:
         """Ids up to where generation starts; `prefix` is assistant text that is already given."""
-        if not messages or messages[0]["role"] != "system":
+        if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
         ids: list[int] = []
         for message in messages:
+            if message["role"] not in ROLES or set(message) != {"role", "content"}:
+                raise ValueError(
+                    f"a message holds a role of {ROLES} and a content; found {message!r}"
+                )
             text = f"{message['role']}\n{message['content']}"
             ids += [self.start_id, *self.encode(text), self.end_id, *self.encode("\n")]
         return [*ids, self.start_id, *self.encode("assistant\n"), *self.encode(prefix)]
