@@ -108,7 +108,7 @@ def tree_shardings(mesh: Mesh, tree):
     """NamedSharding of every leaf: parameters, and optimizer state whose paths end like theirs."""
 
     def sharding(path, leaf):
-        name, spec = path_name(path), PartitionSpec()
+        name = path_name(path)
         spec = param_spec(name, leaf.shape)
         for size, axis in zip(leaf.shape, spec, strict=False):
             parts = 1 if axis is None else mesh.shape[axis]
