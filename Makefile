@@ -7,15 +7,15 @@ STAMP := .venv/.installed
 PYTEST := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu NPROC=32 \
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help venv demo demo-short test test-slow test-kill lint format lock clean
+.PHONY: help venv demo demo-short test test-slow test-kill test-aot lint format lock clean
 
 help:
 	@echo "make venv        install everything into .venv (CPU)"
 	@echo "make demo        the whole recipe on the built-in formulary, on this machine's CPU"
 	@echo "make demo-short  the same recipe in a few steps"
-	@echo "make test        tests; test-slow and test-kill run the ones left out of it"
+	@echo "make test        tests; test-slow, test-kill and test-aot run the ones left out of it"
 	@echo "make lint        ruff and pyright; format rewrites"
-	@echo "make lock        write requirements.lock from .venv"
+	@echo "make lock        write requirements.lock and requirements-plan.lock from .venv"
 	@echo "make clean       remove caches and build folders (runs and .venv stay)"
 
 venv: $(STAMP)
@@ -44,6 +44,11 @@ test-slow: venv
 test-kill: venv
 	$(PYTEST) -m kill
 
+# libtpu, which `make venv` leaves out, compiles for TPUs without one.
+test-aot: venv
+	$(BIN)/python -m pip install -qq -r requirements-plan.lock
+	$(PYTEST) -m aot
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,6 +61,8 @@ format: venv
 lock:
 	$(BIN)/python tools/lock.py cpu export test > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	$(BIN)/python tools/lock.py plan > requirements-plan.lock.new
+	mv requirements-plan.lock.new requirements-plan.lock
 	@touch $(STAMP)
 
 clean:

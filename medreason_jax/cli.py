@@ -111,8 +111,7 @@ def generate(
 
     Example: medreason generate --model Qwen2.5-0.5B --prompts p.jsonl --out o.jsonl
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {dtype!r} is not allowed; give float32 or bfloat16")
+    one_of("--dtype", dtype, ("float32", "bfloat16"))
     from medreason_jax.generate.prompts import generate_file
     from medreason_jax.generate.sampling import Sampling
 
@@ -130,29 +129,104 @@ def generate(
 
 
 @app.command("import")
-def import_model(source: Path, target: Path) -> None:
-    """A Hugging Face folder to a checkpoint.  Example: medreason import Qwen2.5-0.5B ckpt"""
-    from medreason_jax.config import MeshConfig
-    from medreason_jax.qwen2.load import load_model, save_model
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder, or peft folder")],
+    target: Annotated[Path, typer.Argument(help="checkpoint to write")],
+    base: Annotated[Path | None, typer.Option(help="the model that a peft adapter is for")] = None,
+    fsdp: Annotated[
+        int | None, typer.Option(min=1, help="mesh axis; all devices / tensor if not given")
+    ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="mesh axis")] = 1,
+) -> None:
+    """A Hugging Face folder (or a peft adapter) to a checkpoint.
 
-    model = load_model(source, MeshConfig(), "float32")
-    save_model(target, model.params, model.network.sizes, model.tokenizer)
+    Example: medreason import Qwen2.5-0.5B ckpt
+    """
+    import jax
+
+    from medreason_jax.config import MeshConfig
+    from medreason_jax.mesh import start_processes
+    from medreason_jax.qwen2.importing import import_folder, import_peft_folder
+    from medreason_jax.qwen2.peft import is_peft_folder
+
+    if is_peft_folder(source):
+        if base is None:
+            raise ValueError(f"{source} is a peft adapter; give the model it is for: --base MODEL")
+        lora = import_peft_folder(source, target, base)
+        names = ", ".join(f"{t.projection} r={t.rank}" for t in lora.targets)
+        print(f"adapter {target}\ntargets {names}")
+        return
+    if base is not None:
+        raise ValueError(f"--base {base} is for peft adapters; {source} is a model")
+    start_processes()
+    fsdp = jax.device_count() // tensor if fsdp is None else fsdp
+    facts = import_folder(source, target, MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
+    print(f"read    {facts.bytes_read} of {facts.total_bytes} bytes")
     print(f"model   {target}")
 
 
 @app.command()
-def export(source: Path, target: Path) -> None:
-    """A checkpoint to a Hugging Face folder, checked.  Example: medreason export ckpt out"""
-    from medreason_jax.config import MeshConfig
-    from medreason_jax.qwen2.huggingface import export_folder
-    from medreason_jax.qwen2.load import load_model
-    from medreason_jax.qwen2.parity import parity_gate
+def export(
+    source: Annotated[Path, typer.Argument(help="checkpoint, stage, adapter or model folder")],
+    target: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the model's own if not given")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="a peft folder of the adapter")
+    ] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="base and adapter as one model")] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="with --adapter: the base model's Hugging Face folder")
+    ] = None,
+    gate: Annotated[str, typer.Option(help="parity gate: auto, full or layerwise")] = "auto",
+) -> None:
+    """A checkpoint to a Hugging Face folder, checked against transformers.
 
-    model = load_model(source, MeshConfig(), "float32")
-    export_folder(model.params, model.network.sizes, model.tokenizer, target, f"# {target.name}\n")
-    prompt = model.tokenizer.prompt([{"role": "user", "content": "How are you?"}])
-    gate = parity_gate(target, model, [prompt], 32)
-    print(f"model   {target}\nparity  {json.dumps(gate)}")
+    Example: medreason export ckpt out
+    """
+    from medreason_jax.model_card import model_card
+    from medreason_jax.qwen2.export import export_adapter, export_model
+    from medreason_jax.qwen2.folder import ModelFolder
+
+    one_of("--gate", gate, ("auto", "full", "layerwise"))
+    if dtype is not None:
+        one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    is_adapter = ModelFolder(source).lora is not None
+    if is_adapter != (adapter or merged) or (adapter and merged):
+        what = "an adapter: give --adapter or --merged" if is_adapter else "no adapter"
+        raise ValueError(f"{source} is {what}; found --adapter={adapter}, --merged={merged}")
+    if not adapter and base is not None:
+        raise ValueError(f"--base {base} goes with --adapter")
+    card = model_card(source, target.name)
+    options: Any = {"gate": gate, "dtype": dtype}
+    if adapter:
+        facts = export_adapter(source, target, base, card=card)
+    else:
+        facts = export_model(source, target, card=card, **options)
+    print(f"model   {target}\nparity  {json.dumps(facts)}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="where runs are to be written")] = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Versions, devices, the attention kernels that pass here, disk, network.
+
+    Example: medreason doctor runs
+    """
+    from medreason_jax.doctor import examine, table
+
+    records = examine(folder)
+    print(json.dumps(records) if json_ else table(records))
+    if any(entry["ok"] is False for entry in records):
+        raise SystemExit(1)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not allowed; give one of {', '.join(allowed)}")
 
 
 @app.command()
@@ -174,7 +248,7 @@ def exit_code_of(call: Callable[[], Any]) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing in ("medreason_jax", "data_gen"):
             raise
-        extra = "export" if missing in ("torch", "transformers") else "cpu, gpu or tpu"
+        extra = "export" if missing in ("torch", "transformers", "peft") else "cpu, gpu or tpu"
         said = f"failed: {missing} is not installed; install medreason with its extra {extra}"
         print(said, file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,7 +27,32 @@ class MeshConfig(Strict):
     tensor: Positive = 1
 
 
+class RateRule(Strict):
+    """Parameters whose path holds `pattern` learn at `scale` x the rate; 0 freezes them.
+
+    `layers` [first, end) limits the rule to some of the stacked layers.
+    """
+
+    pattern: str
+    scale: Annotated[float, Field(ge=0)]
+    layers: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _usable(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"pattern={self.pattern!r} is no regular expression: {error}"
+            ) from None
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers={list(self.layers)}: give [first, end) with first < end")
+        return self
+
+
 class OptimizerConfig(Strict):
+    """AdamW; of `rates` the first rule that fits a parameter decides, 1 where none does."""
+
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup_ratio: Share = 0.05
@@ -35,6 +61,7 @@ class OptimizerConfig(Strict):
     b2: Share = 0.95
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    rates: list[RateRule] = []
 
 
 class SourceConfig(Strict):
@@ -53,7 +80,9 @@ class RunConfig(Strict):
     seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
-    remat: bool = False
+    attention: Literal["auto", "xla", "splash"] = "auto"
+    remat: Literal["none", "context", "context+qkv", "full"] = "none"
+    unroll: Positive = 1
     head_chunk: Positive = 2048
     length: Positive
     accumulation: Positive = 1
@@ -401,7 +430,10 @@ def save_yaml(config: BaseModel, path: Path) -> None:
 
 
 # Where and how fast a run goes may change between its attempts; what it computes may not.
-FREE = {"folder", "mesh", "head_chunk", "remat", "checkpoint_every", "slots"}
+FREE = {
+    *("folder", "mesh", "attention", "remat", "unroll", "head_chunk", "checkpoint_every"),
+    "slots",
+}
 
 
 def check_unchanged(config: BaseModel, path: Path) -> None:

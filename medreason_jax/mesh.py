@@ -1,5 +1,6 @@
 """The device mesh and who holds what on it: the only file that names a mesh axis."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -14,16 +15,23 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 # Ordered: the first pattern that matches the end of a parameter's path decides; none is an error.
-# Stacked layers have a leading axis, which is never sharded.
-PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed_tokens\.embedding", PartitionSpec("tensor", "fsdp")),
-    (r"layers\..*\.(q|k|v|gate|up)_proj\.kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"layers\..*\.(q|k|v)_proj\.bias", PartitionSpec(None, "tensor")),
-    (r"layers\..*\.(o|down)_proj\.kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"layers\..*layernorm\.weight", PartitionSpec()),
-    (r"norm\.weight", PartitionSpec()),
-    (r"lm_head\.kernel", PartitionSpec("fsdp", "tensor")),
-    (r"score\.(kernel|bias)", PartitionSpec()),
+# Stacked layers have a leading axis, which is never sharded. "kv" is `Sharder.kv_axis`.
+PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r"layers\..*\.(q|gate|up)_proj\.kernel", (None, "fsdp", "tensor")),
+    (r"layers\..*\.(k|v)_proj\.kernel", (None, "fsdp", "kv")),
+    (r"layers\..*\.(o|down)_proj\.kernel", (None, "tensor", "fsdp")),
+    (r"layers\..*\.q_proj\.bias", (None, "tensor")),
+    (r"layers\..*\.(k|v)_proj\.bias", (None, "kv")),
+    (r"layers\..*\.(q|k|v|gate|up)_proj\.lora_A", (None, "fsdp", None)),
+    (r"layers\..*\.(o|down)_proj\.lora_A", (None, "tensor", None)),
+    (r"layers\..*\.(q|gate|up)_proj\.lora_B", (None, None, "tensor")),
+    (r"layers\..*\.(k|v)_proj\.lora_B", (None, None, "kv")),
+    (r"layers\..*\.(o|down)_proj\.lora_B", (None, None, "fsdp")),
+    (r"layers\..*layernorm\.weight", ()),
+    (r"norm\.weight", ()),
+    (r"lm_head\.kernel", ("fsdp", "tensor")),
+    (r"score\.(kernel|bias)", ()),
 )
 
 # Logical axes of activations.
@@ -33,16 +41,18 @@ ACTIVATION_AXES = {
     "model": None,
     "mlp": "tensor",
     "heads": "tensor",
+    "kv_heads": "kv",
     None: None,
 }
 
 
-def start_processes(folder: Path) -> None:
+def start_processes(folder: Path | None = None) -> None:
     """Join the other processes of this program, when the launcher says there are any.
 
-    Compiled programs are kept in `folder`/compile_cache, unless a place for them was set before.
+    Compiled programs are kept in `folder`/compile_cache, unless a place for them was set before or
+    no folder is given.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((folder / "compile_cache").absolute()))
     if "MEDREASON_COORDINATOR" in os.environ:
         jax.distributed.initialize(
@@ -95,60 +105,137 @@ def path_name(path) -> str:
     )
 
 
-def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    if not shape:
-        return PartitionSpec()
-    for pattern, spec in PARAM_RULES:
+def is_stacked(path: str) -> bool:
+    """Whether a parameter holds all layers on its leading axis."""
+    return "layers" in path.split(".")
+
+
+def param_axes(path: str) -> tuple[str | None, ...]:
+    for pattern, axes in PARAM_RULES:
         if re.search(rf"(^|\.){pattern}$", path):
-            return spec
+            return axes
     raise ValueError(f"no sharding rule matches parameter {path!r}; add one to PARAM_RULES")
-
-
-def tree_shardings(mesh: Mesh, tree):
-    """NamedSharding of every leaf: parameters, and optimizer state whose paths end like theirs."""
-
-    def sharding(path, leaf):
-        name = path_name(path)
-        spec = param_spec(name, leaf.shape)
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            parts = 1 if axis is None else mesh.shape[axis]
-            if size % parts:
-                raise ValueError(
-                    f"{name} has a dimension of {size}, not a multiple of axis {axis}={parts}; "
-                    f"choose {axis} among the divisors of {size}"
-                )
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 @struct.dataclass
 class Sharder:
-    """Constrains an activation by the names of its axes."""
+    """Where one model's parameters and activations live on the mesh; calling it constrains."""
 
     mesh: Mesh = struct.field(pytree_node=False)
+    kv_axis: str | None = struct.field(pytree_node=False)  # None: key/value heads are replicated
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        spec = PartitionSpec(*(ACTIVATION_AXES[axis] for axis in axes))
+        """`x` laid out by the logical names of its axes."""
+        spec = self._spec(tuple(ACTIVATION_AXES[axis] for axis in axes))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def tree(self, tree):
+        """NamedSharding of every leaf: parameters, and optimizer state whose paths end alike."""
+
+        def sharding(path, leaf):
+            name = path_name(path)
+            spec = self._spec(param_axes(name)) if leaf.shape else PartitionSpec()
+            for size, axis in zip(leaf.shape, spec, strict=False):
+                parts = 1 if axis is None else self.mesh.shape[axis]
+                if size % parts:
+                    raise ValueError(
+                        f"{name} has a dimension of {size}, not a multiple of axis {axis}={parts}; "
+                        f"choose {axis} among the divisors of {size}"
+                    )
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def _spec(self, axes) -> PartitionSpec:
+        return PartitionSpec(*(self.kv_axis if axis == "kv" else axis for axis in axes))
+
+
+def make_sharder(mesh: Mesh, heads: int, kv_heads: int) -> Sharder:
+    """A tensor axis splits whole heads; key/value heads that it does not divide are replicated."""
+    tensor = mesh.shape["tensor"]
+    if heads % tensor:
+        allowed = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ValueError(
+            f"mesh tensor={tensor} does not divide num_attention_heads={heads}; allowed: {allowed}"
+        )
+    return Sharder(mesh, "tensor" if kv_heads % tensor == 0 else None)
 
 
 @struct.dataclass
 class TokenShards:
-    """How per-shard kernels split [tokens] arrays: what `train/head.py` needs of a mesh."""
+    """How the vocabulary projection is split: tokens over the batch axes, the vocabulary rows."""
 
     mesh: Mesh = struct.field(pytree_node=False)
 
-    def map(self, function: Callable, in_tokens: tuple[bool, ...], out_tokens) -> Callable:
-        """shard_map of `function`; True marks an array whose leading axis is tokens, else whole."""
-        spec = lambda is_tokens: PartitionSpec(BATCH) if is_tokens else PartitionSpec()  # noqa: E731
+    vocabulary_axis = "tensor"
+    tokens = PartitionSpec(BATCH)
+    vocabulary = PartitionSpec("tensor")  # of [V, D]: gathered over fsdp
+    vocabulary_gradient = PartitionSpec("tensor", "fsdp")
+
+    def map(self, function: Callable, in_specs, out_specs) -> Callable:
         return jax.shard_map(
-            function,
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def reduce_gradient(self, dW_VD: jax.Array) -> jax.Array:
+        """Sum over all tokens of a device's [V, D] part, left as `vocabulary_gradient` says."""
+        dW_VD = jax.lax.psum(dW_VD, "data")
+        return jax.lax.psum_scatter(dW_VD, "fsdp", scatter_dimension=1, tiled=True)
+
+
+@struct.dataclass
+class HeadShards:
+    """How attention is split: rows over the batch axes, heads over the tensor axis."""
+
+    mesh: Mesh = struct.field(pytree_node=False)
+
+    def map(self, function: Callable, heads: int, kv_heads: int) -> Callable:
+        """shard_map of `function(q_BTNH, k_BSKH, v_BSKH, rows) -> context_BTNH`, `rows` [B, ...].
+
+        Key/value heads that the tensor axis does not divide are held by every device; `function`
+        gets the ones that the device's query heads read.
+        """
+        tensor = self.mesh.shape["tensor"]
+        if heads % tensor or heads % kv_heads:
+            allowed = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"mesh tensor={tensor} or {kv_heads} key/value heads do not divide {heads} query "
+                f"heads; allowed: {allowed}"
+            )
+        split = PartitionSpec(BATCH, None, "tensor", None)
+        kv_split = split if kv_heads % tensor == 0 else PartitionSpec(BATCH)
+
+        def local(q_BTNH, k_BSKH, v_BSKH, rows):
+            if kv_split is not split:
+                device = jax.lax.axis_index("tensor")
+                heads_J = read_heads(device, heads // tensor, heads // kv_heads)
+                k_BSKH, v_BSKH = (jax.numpy.take(x, heads_J, axis=2) for x in (k_BSKH, v_BSKH))
+            return function(q_BTNH, k_BSKH, v_BSKH, rows)
+
+        return jax.shard_map(
+            local,
             mesh=self.mesh,
-            in_specs=tuple(spec(flag) for flag in in_tokens),
-            out_specs=jax.tree.map(spec, out_tokens),
+            in_specs=(split, kv_split, kv_split, PartitionSpec(BATCH)),
+            out_specs=split,
             check_vma=False,
         )
+
+
+def read_heads(device, held: int, group: int) -> jax.Array:
+    """The key/value heads of a device that holds `held` query heads, `group` of which share one.
+
+    One for each run of gcd(held, group) query heads: on every device such runs share one.
+    """
+    run = math.gcd(held, group)
+    return (device * held + jax.numpy.arange(0, held, run)) // group
+
+
+def row_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The leading axis over as many devices as divide it: contiguous in a file, read once."""
+    for axes in (AXES, ("data", "fsdp"), ("fsdp", "tensor"), ("fsdp",), ("data",), ("tensor",)):
+        if shape[0] % int(np.prod([mesh.shape[axis] for axis in axes])) == 0:
+            return NamedSharding(mesh, PartitionSpec(axes))
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def put_rows(
@@ -177,3 +264,8 @@ def gather_to_host(tree):
     from jax.experimental import multihost_utils
 
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+def largest_over_processes(value: float) -> float:
+    """The largest of the processes' values; NaN if one of them is."""
+    return float(np.max(gather_to_host(np.array([value]))))

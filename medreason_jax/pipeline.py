@@ -43,10 +43,12 @@ from medreason_jax.evaluate.runner import (
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest, write_json
 from medreason_jax.mesh import check_rows, make_mesh, start_processes
-from medreason_jax.qwen2.huggingface import export_folder
-from medreason_jax.qwen2.load import load_model, save_model
+from medreason_jax.model_card import model_card
+from medreason_jax.qwen2.export import export_model
+from medreason_jax.qwen2.folder import Description, ModelFolder, save_model
+from medreason_jax.qwen2.importing import import_folder
+from medreason_jax.qwen2.load import load_model
 from medreason_jax.qwen2.model import init_params
-from medreason_jax.qwen2.parity import parity_gate
 from medreason_jax.qwen2.sizes import read_config_file, read_sizes
 from medreason_jax.report import write_report
 from medreason_jax.rl.loop import ppo_stage
@@ -284,8 +286,8 @@ def make_base(recipe: RecipeConfig, root: Path) -> None:
     if read_manifest(folder) is not None:
         return
     if recipe.model.folder is not None:
-        model = load_model(recipe.model.folder, recipe.mesh, recipe.dtype)
-        save_model(folder / "model", model.params, model.network.sizes, model.tokenizer)
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of an import that was killed
+        import_folder(recipe.model.folder, folder / "model", recipe.mesh)
         write_json(folder / "manifest.json", {"kind": "base", "model": "model"})
         return
     assert recipe.model.sizes is not None
@@ -298,7 +300,7 @@ def make_base(recipe: RecipeConfig, root: Path) -> None:
             f"{tokenizer.vocab_size} tokens"
         )
     params = init_params(sizes, jax.random.key(recipe.seed))
-    save_model(folder / "model", params, sizes, tokenizer)
+    save_model(folder / "model", params, Description(sizes), tokenizer)
     write_json(folder / "manifest.json", {"kind": "base", "model": "model"})
 
 
@@ -441,38 +443,37 @@ def export_stage(recipe: RecipeConfig, root: Path, last: str) -> dict[str, Any]:
     if finished is not None:
         return finished
     start = time.monotonic()
-    model = load_model(root / last, recipe.mesh, "float32")
     folder = root / "export" / "model"
     folder.parent.mkdir(exist_ok=True)
-    export_folder(
-        model.params, model.network.sizes, model.tokenizer, folder, model_card(recipe, last)
-    )
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed before its manifest
+    tokenizer = ModelFolder(root / last).tokenizer
     problems = read_problems(data_files(recipe)["test"])[:4]
     prompts = [
-        model.tokenizer.prompt([{"role": "user", "content": question_text(problem)}])
+        tokenizer.prompt([{"role": "user", "content": question_text(problem)}])
         for problem in problems
     ]
-    gate = parity_gate(folder, model, prompts, min(recipe.evaluation.max_new_tokens, 128))
+    gate = export_model(
+        root / last,
+        folder,
+        card=model_card(root / last, recipe.name, card_note(recipe)),
+        prompts=prompts,
+        max_new_tokens=min(recipe.evaluation.max_new_tokens, 128),
+        mesh=recipe.mesh,
+    )
     seconds = round(time.monotonic() - start, 1)
     manifest = {"kind": "export", "model": str(folder), "parity": gate, "seconds": seconds}
     write_json(root / "export" / "manifest.json", manifest)
     return manifest
 
 
-def model_card(recipe: RecipeConfig, last: str) -> str:
-    warning = (
-        "\n**Not for reporting**: its problems come from a benchmark's test file.\n"
-        if recipe.not_for_reporting
-        else ""
-    )
+def card_note(recipe: RecipeConfig) -> str:
     made = (
         "an invented formulary: it is not medicine" if recipe.formulary is not None else "real text"
     )
-    return (
-        f"# {recipe.name}\n{warning}\nQwen2.5 architecture, trained by medreason on {made}. "
-        f"Stages: {' -> '.join(stage.name for stage in recipe.stages)}; the model after `{last}`, "
-        f"seed {recipe.seed}.\n"
-    )
+    text = f"Trained on {made}, seed {recipe.seed}."
+    if recipe.not_for_reporting:
+        text += " **Not for reporting**: its problems come from a benchmark's test file."
+    return text
 
 
 def summarise(recipe: RecipeConfig, root: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.data.tokenizer_training import train_tokenizer
-from medreason_jax.qwen2.load import save_model
+from medreason_jax.qwen2.folder import Description, save_model
 from medreason_jax.qwen2.model import init_params
 from medreason_jax.qwen2.sizes import read_sizes
 from tests.tiny import FIELDS
@@ -25,7 +25,7 @@ def base(tmp_path_factory) -> Path:
     train_tokenizer(["Velotan is given 2 times a day."] * 20, 320, "", folder / "tokenizer")
     tokenizer = ChatTokenizer(folder / "tokenizer")
     sizes = read_sizes({**FIELDS, "vocab_size": tokenizer.vocab_size})
-    save_model(folder, init_params(sizes, jax.random.key(0)), sizes, tokenizer)
+    save_model(folder, init_params(sizes, jax.random.key(0)), Description(sizes), tokenizer)
     records = [
         {
             "messages": [{"role": "user", "content": f"How often is drug {n} given?"}],

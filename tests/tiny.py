@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medreason_jax.mesh import Sharder, TokenShards, make_mesh, path_name
-from medreason_jax.qwen2.attention import xla_attention
+from medreason_jax.mesh import HeadShards, TokenShards, make_mesh, make_sharder, path_name
+from medreason_jax.qwen2.attention import choose_kernel
 from medreason_jax.qwen2.model import Compute, init_params, make_network
 from medreason_jax.qwen2.sizes import read_sizes
 from medreason_jax.train.objectives import Scorer
@@ -40,17 +40,28 @@ def rough_params(sizes, seed=0):
     return jax.tree_util.tree_map_with_path(shift, params)
 
 
-def tiny_model(mesh_shape=(1, 1, 1), seed=0, **fields):
-    """(mesh, network, params, scorer) of a tiny model, float32 with full-precision products."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    data, fsdp, tensor = mesh_shape
-    count = data * fsdp * tensor
+def some_mesh(shape):
+    """A data x fsdp x tensor mesh over the first devices."""
+    count = int(np.prod(shape))
     if count == jax.device_count():
-        mesh = make_mesh(data, fsdp, tensor)
-    else:
-        devices = jax.devices()[:count]
-        mesh = jax.sharding.Mesh(np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+        return make_mesh(*shape)
+    return jax.sharding.Mesh(
+        np.array(jax.devices()[:count]).reshape(shape), ("data", "fsdp", "tensor")
+    )
+
+
+def tiny_compute(sizes, mesh, **options) -> Compute:
+    """float32 with full-precision products."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
+    kernel = choose_kernel("xla", "cpu", sizes.head_dim, HeadShards(mesh))
+    return Compute(jnp.float32, kernel, sharder, **options)
+
+
+def tiny_model(mesh_shape=(1, 1, 1), seed=0, *, options=None, **fields):
+    """(mesh, network, params, scorer) of a tiny model; `options` are of Compute."""
+    mesh = some_mesh(mesh_shape)
     sizes = read_sizes({**FIELDS, **fields})
-    network, _ = make_network(sizes, Compute(jnp.float32, xla_attention, Sharder(mesh), False))
+    network, _ = make_network(sizes, tiny_compute(sizes, mesh, **(options or {})))
     scorer = Scorer(network, TokenShards(mesh), 24)
     return mesh, network, rough_params(sizes, seed), scorer

@@ -1,6 +1,7 @@
-"""Write requirements.lock: the versions installed here of all that the named extras need.
+"""Write requirements*.lock: the versions installed here of all that the named extras need.
 
     .venv/bin/python tools/lock.py cpu export test > requirements.lock
+    .venv/bin/python tools/lock.py plan > requirements-plan.lock
 
 Walks the requirements of the installed project, so that packages which only happen to be installed
 are left out. Local version suffixes (`+cpu`) are cut: which build is taken is pip's configuration.
@@ -15,7 +16,7 @@ from packaging.utils import canonicalize_name
 PROJECT = "medreason"
 HEADER = """\
 # Versions the project is tested with, for the extras: {extras}.
-# Re-make it from the installed environment with `make lock`; `make venv` installs it.
+# Re-make it from the installed environment with `make lock`.
 """
 
 

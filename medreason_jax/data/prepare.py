@@ -85,7 +85,7 @@ def preparation_key(path: Path, tokenizer: ChatTokenizer, settings: tuple) -> st
     """Changes with the records, the tokenizer and the settings that rows depend on."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    digest = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(repr((settings, tokenizer.template_text)).encode())
     for file in (path, *(tokenizer.folder / name for name in TOKENIZER_FILES)):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

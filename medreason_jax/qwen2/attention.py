@@ -1,39 +1,291 @@
-"""Attention over packed rows, by kernel.
+"""Attention over packed rows: one contract, the kernels that keep it, and a test that shows it.
 
-B batch, T query time, S key time, N query heads, K key/value heads, H head size. Segment 0 is
-padding.
+B batch, T query time, S key time, N query heads, K key/value heads, H head size, G = N / K query
+heads a key/value head: query head n reads key/value head n // G, as in `transformers`.
+
+Packing contract: a segment is contiguous in its row, its positions count up by one, and segment 0
+is padding. Inside a segment the order of the row is then the order of the positions, so kernels
+that mask by row order (splash) and by position (the reference) agree. What comes out at padding is
+finite and means nothing.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mqa_single_device,
+)
 
-# (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, slots_T) -> context_BTNH
-Attention = Callable[..., jax.Array]
+from medreason_jax.mesh import HeadShards, largest_over_processes
 
 
-def attention_mask(segments_BT: jax.Array, segments_BS: jax.Array, slots_T: jax.Array) -> jax.Array:
-    """mask_BTS: a query sees the keys of its own segment at its own slot or before.
+@struct.dataclass
+class Places:
+    """Where tokens stand: the segment, 0 being padding, and the position inside it."""
 
-    `slots_T` is the place of each query among the keys (0..S-1).
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+
+
+# (q_BTNH, k_BSKH, v_BSKH, queries, keys) -> context_BTNH
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Places, Places], jax.Array]
+
+
+@struct.dataclass
+class Kernel:
+    """An attention function with its name; `note` is what a user should know of it."""
+
+    name: str = struct.field(pytree_node=False)
+    attend: Attend = struct.field(pytree_node=False)  # on the rows and heads of one device
+    shards: HeadShards | None = struct.field(pytree_node=False, default=None)  # None: unsplit
+    note: str | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.Array:
+        if self.shards is None:
+            return self.attend(q_BTNH, k_BSKH, v_BSKH, queries, keys)
+        mapped = self.shards.map(
+            lambda q, k, v, places: self.attend(q, k, v, *places),
+            heads=q_BTNH.shape[2],
+            kv_heads=k_BSKH.shape[2],
+        )
+        return mapped(q_BTNH, k_BSKH, v_BSKH, (queries, keys))
+
+
+def require_segments(queries: Places, keys: Places) -> None:
+    if queries.segments_BT is None or keys.segments_BT is None:
+        raise ValueError(
+            "attention got no segment ids (None), without which packed documents see each other; "
+            "pass arrays of int32, all 1 for rows of one document"
+        )
+
+
+def xla_attention(q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.Array:
+    """The reference: any T and S, softmax in float32, memory O(B N T S).
+
+    A query sees the keys of its own segment whose position is at most its own.
     """
-    same_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
-    before_TS = slots_T[:, None] >= jnp.arange(segments_BS.shape[1])[None, :]
-    return same_BTS & before_TS[None]
-
-
-def xla_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, slots_T):
-    """The reference: softmax in float32, memory O(B N T S)."""
-    mask_BTS = attention_mask(segments_BT, segments_BS, slots_T)
+    require_segments(queries, keys)
+    same_BTS = queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :]
+    before_BTS = queries.positions_BT[:, :, None] >= keys.positions_BT[:, None, :]
+    mask_BNTS = (same_BTS & before_BTS)[:, None]
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla"
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, implementation="xla"
     )
 
 
-def choose_attention(platform: str) -> tuple[str, Attention]:
-    """Name and function of the kernel for the mesh's platform ("cpu", "gpu", "tpu")."""
-    kernels = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
-    if platform not in kernels:
-        raise ValueError(f"no attention for platform {platform!r}; allowed: {sorted(kernels)}")
-    return kernels[platform], xla_attention
+LANES = 128  # of a TPU's vector registers: splash takes times in multiples of it
+
+
+def largest_block(length: int, most: int) -> int:
+    """The largest divisor of `length` that is a multiple of LANES and at most `most`."""
+    return max(n for n in range(LANES, most + 1, LANES) if length % n == 0)
+
+
+def splash_blocks(T: int, itemsize: int) -> BlockSizes:
+    """Blocks as large as 16 MiB of vector memory let them be (v4, v5e; heads of up to 128).
+
+    The fused backward writes one dq for each block of keys, T / block_kv_dkv times the memory of
+    q: those blocks are long, and the blocks of queries beside them shorter. Compiled for v4, v5e
+    and v6e; 2048 x 2048 overflows a v5e.
+    """
+    halved = itemsize > 2  # float32 takes twice the room
+    forward = largest_block(T, 512 if halved else 1024)
+    backward_kv = largest_block(T, 1024 if halved else 2048)
+    return BlockSizes(
+        block_q=forward,
+        block_kv=forward,
+        block_kv_compute=largest_block(forward, 512),
+        block_q_dkv=largest_block(T, 512),
+        block_kv_dkv=backward_kv,
+        block_kv_dkv_compute=largest_block(backward_kv, 512),
+        use_fused_bwd_kernel=True,
+    )
+
+
+def splash_attention(
+    q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places, interpret: bool = False
+) -> jax.Array:
+    """TPU flash attention of whole rows, memory O(B N T), masked by row order and segment.
+
+    `queries` and `keys` are the same places. What the backward needs (context and log-sum-exp)
+    has the checkpoint name "context". `interpret` runs the kernel's program on any platform.
+    """
+    require_segments(queries, keys)
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    if T != S or T % LANES:
+        raise ValueError(
+            f"splash attention got {T} queries and {S} keys a row; allowed: whole rows, as long as "
+            f"a multiple of {LANES}; set length to a multiple of {LANES}, or attention: xla"
+        )
+    # Scaled in float32: 128**-0.5 is no bfloat16, rounding it first would bend every logit alike.
+    scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    q_BKGTH = scaled_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    kernel = make_splash_mqa_single_device(
+        MultiHeadMask([CausalMask((T, T))] * (N // K)),
+        block_sizes=splash_blocks(T, q_BTNH.dtype.itemsize),
+        residual_checkpoint_name="context",
+        interpret=interpret,
+    )
+    over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    context_BKGTH = jax.vmap(over_heads)(
+        q_BKGTH,
+        k_BSKH.swapaxes(1, 2),
+        v_BSKH.swapaxes(1, 2),
+        SegmentIds(queries.segments_BT, keys.segments_BT),
+    )
+    return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def splash_kernel(shards: HeadShards | None, interpret: bool = False) -> Kernel:
+    return Kernel("splash", partial(splash_attention, interpret=interpret), shards)
+
+
+KernelName = Literal["xla", "splash"]
+KERNELS: tuple[KernelName, ...] = get_args(KernelName)
+
+# Ordered: (platform, largest head size or any, kernel, note). `auto` takes the first that fits.
+RESOLUTION: tuple[tuple[str, int | None, str, str | None], ...] = (
+    ("tpu", 128, "splash", None),  # 8 to 128 compile; 256 overflows a v5e's vector memory
+    ("tpu", None, "xla", "plain attention on TPU: memory O(B N T T)"),
+    ("gpu", None, "xla", "plain attention on GPU: memory O(B N T T)"),
+    ("cpu", None, "xla", None),
+)
+
+
+def choose_kernel(
+    requested: Literal["auto"] | KernelName,
+    platform: str,
+    head_dim: int,
+    shards: HeadShards | None,
+) -> Kernel:
+    """The kernel for the mesh's platform: of the devices compiled for, not of this machine's."""
+    notes = {
+        name: note
+        for where, most, name, note in RESOLUTION
+        if where == platform and (most is None or head_dim <= most)
+    }
+    if not notes:
+        known = sorted({row[0] for row in RESOLUTION})
+        raise ValueError(f"no attention kernel for platform {platform!r}; allowed: {known}")
+    name = next(iter(notes)) if requested == "auto" else requested
+    if name not in notes:
+        raise ValueError(
+            f"attention: {name} does not run on {platform} with heads of {head_dim}; "
+            f"allowed: {['auto', *notes]}"
+        )
+    if name == "splash":
+        return splash_kernel(shards)
+    return Kernel(name, xla_attention, None, notes[name])
+
+
+# Largest error that rounding explains, relative to the largest value of the array.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def tolerance(dtype: Any) -> float:
+    return TOLERANCE[jnp.dtype(dtype).name]
+
+
+# Documents of the self-test's two rows, as shares of a row; the rest is padding.
+LENGTHS = ((0.4, 0.1, 0.3), (0.2, 0.6))
+
+
+def pack_test_rows(T: int) -> tuple[Places, list[tuple[int, slice]]]:
+    """Places of two packed rows, and (row, its slice of time) of each document."""
+    segments_BT, positions_BT = np.zeros((2, len(LENGTHS), T), np.int32)
+    documents = []
+    for row, shares in enumerate(LENGTHS):
+        first = 0
+        for segment, share in enumerate(shares, 1):
+            last = first + int(share * T)
+            segments_BT[row, first:last] = segment
+            positions_BT[row, first:last] = np.arange(last - first)
+            documents.append((row, slice(first, last)))
+            first = last
+    return Places(jnp.asarray(segments_BT), jnp.asarray(positions_BT)), documents
+
+
+def attend_documents(q_BTNH, k_BTKH, v_BTKH, d_context_BTNH, documents):
+    """context, dq, dk and dv by a loop over documents and heads in float64; 0 at padding."""
+    q, k, v, d = (np.asarray(x, np.float64) for x in (q_BTNH, k_BTKH, v_BTKH, d_context_BTNH))
+    context, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    for row, times in documents:
+        for n in range(q.shape[2]):
+            at, kv = (row, times, n), (row, times, n // (q.shape[2] // k.shape[2]))
+            logits_TT = scale * q[at] @ k[kv].T
+            weights_TT = np.tril(np.exp(logits_TT - logits_TT.max(axis=1, keepdims=True)))
+            weights_TT /= weights_TT.sum(axis=1, keepdims=True)
+            context[at] = weights_TT @ v[kv]
+            d_weights_TT = d[at] @ v[kv].T
+            mean_T1 = (weights_TT * d_weights_TT).sum(axis=1, keepdims=True)
+            d_logits_TT = scale * weights_TT * (d_weights_TT - mean_T1)
+            dq[at] = d_logits_TT @ k[kv]
+            dk[kv] += d_logits_TT.T @ q[at]
+            dv[kv] += weights_TT.T @ d[at]
+    return context, dq, dk, dv
+
+
+def self_test(
+    kernel: Kernel,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    dtype: Any = jnp.float32,
+    T: int = 256,
+) -> float:
+    """Largest relative error of the context and the gradients of q, k and v on packed rows.
+
+    Runs on one device of this process, whatever the mesh.
+    """
+    places, documents = pack_test_rows(T)
+    inside_BT11 = (places.segments_BT != 0)[:, :, None, None]
+    random = np.random.default_rng(0)
+    draw = lambda n: jnp.asarray(random.normal(size=(len(LENGTHS), T, n, head_dim)), dtype)  # noqa: E731
+    q, k, v, d_context = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    d_context = jnp.where(inside_BT11, d_context, 0)
+
+    @jax.jit
+    def run(q, k, v, d_context):
+        context, pull = jax.vjp(lambda *qkv: kernel.attend(*qkv, places, places), q, k, v)
+        return jnp.where(inside_BT11, context, 0), *pull(d_context)
+
+    wanted = attend_documents(q, k, v, d_context, documents)
+    errors = [
+        np.max(np.abs(np.asarray(x, np.float64) - y)) / np.max(np.abs(y))
+        for x, y in zip(run(q, k, v, d_context), wanted, strict=True)
+    ]
+    return float(np.max(errors))  # np.max keeps a NaN
+
+
+def check_kernel(
+    kernel: Kernel,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    dtype: Any = jnp.float32,
+    T: int = 256,
+) -> float:
+    """The error of `self_test`, the largest of all processes; RuntimeError beyond TOLERANCE."""
+    advice = "set attention: xla"
+    try:
+        error = self_test(kernel, heads, kv_heads, head_dim, dtype, T)
+    except Exception as failure:  # the compiler's own errors name no setting
+        raise RuntimeError(f"attention kernel {kernel.name!r} does not run; {advice}") from failure
+    worst, allowed = largest_over_processes(error), tolerance(dtype)
+    if not worst <= allowed:  # so that NaN fails
+        raise RuntimeError(
+            f"attention kernel {kernel.name!r} is wrong on packed rows: relative error "
+            f"{worst:.2g}, allowed {allowed:.2g} in {jnp.dtype(dtype).name}; {advice}"
+        )
+    return worst

@@ -1,20 +1,20 @@
-"""A Hugging Face folder to a parameter tree and back."""
+"""`transformers`' names and layouts for our parameters, and their way onto a mesh.
 
-import json
-import os
-import shutil
-from collections.abc import Callable
+A leaf of ours is named by its dotted path; decoder layers are stacked there and single tensors in a
+Hugging Face folder.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
-from medreason_jax.mesh import path_name
+from medreason_jax.mesh import is_stacked, path_name, row_sharding
 from medreason_jax.qwen2.model import Params
-from medreason_jax.qwen2.sizes import Sizes, config_fields
+from medreason_jax.qwen2.tensor_files import TensorFiles
 
 
 def tensor_name(path: str, layer: int | None) -> str:
@@ -24,96 +24,108 @@ def tensor_name(path: str, layer: int | None) -> str:
     )
     if layer is not None:
         name = name.replace("layers.", f"layers.{layer}.", 1)
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith(("lm_head", "score")) else f"model.{name}"
 
 
-def to_hf(path: str, array: np.ndarray) -> np.ndarray:
+def is_transposed(path: str) -> bool:
     """torch stores a linear layer [out, in]."""
-    return np.ascontiguousarray(array.T) if path.endswith("kernel") else np.ascontiguousarray(array)
+    return path.endswith(".kernel")
 
 
-def _open_tensors(folder: Path) -> tuple[dict[str, Path], Callable[[str], np.ndarray]]:
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.is_file():
-        index = json.loads(index_file.read_text())["weight_map"]
-        outside = [name for name in index.values() if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{index_file} points outside its folder: {outside[0]!r}; refused")
-        where = {name: folder / file for name, file in index.items()}
-    else:
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no model.safetensors (pickled .bin files are refused)"
-            )
-        with safe_open(single, framework="numpy") as file:
-            where = dict.fromkeys(file.keys(), single)
-
-    def read(name: str) -> np.ndarray:
-        # numpy alone has no bfloat16, the published weights' type
-        host = jax.local_devices(backend="cpu")[0]
-        with jax.default_device(host), safe_open(where[name], framework="flax") as file:
-            return np.asarray(file.get_tensor(name))
-
-    return where, read
+def leaves(abstract: Params) -> Iterator[tuple[str, Any]]:
+    """(dotted path, shape and dtype) of every parameter."""
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        yield path_name(key_path), leaf
 
 
-def import_params(folder: Path, abstract: Params, shardings: Params) -> Params:
-    """Parameters of a Hugging Face folder as float32 arrays on the mesh, tensor by tensor."""
-    where, read = _open_tensors(folder)
-    expected: set[str] = set()
+def named_tensors(abstract: Params) -> Iterator[tuple[str, str, int | None, tuple[int, ...]]]:
+    """(tensor name, path, layer, the tensor's shape in a Hugging Face file) in the files' order."""
+    once = [(path, None, leaf.shape) for path, leaf in leaves(abstract) if not is_stacked(path)]
+    layered = [(path, leaf.shape) for path, leaf in leaves(abstract) if is_stacked(path)]
+    count = layered[0][1][0]
+    stacked = [(path, layer, shape[1:]) for layer in range(count) for path, shape in layered]
+    first = [entry for entry in once if entry[0].startswith("embed_tokens")]
+    for path, layer, shape in [*first, *stacked, *(entry for entry in once if entry not in first)]:
+        yield tensor_name(path, layer), path, layer, shape[::-1] if is_transposed(path) else shape
 
-    def load(key_path, leaf, sharding):
-        path = path_name(key_path)
-        stacked = path.startswith("layers.")
-        layers = range(leaf.shape[0]) if stacked else [None]
-        names = [tensor_name(path, layer) for layer in layers]
-        expected.update(names)
-        missing = [name for name in names if name not in where]
-        if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} tensors of {path}: {missing[:3]}")
-        arrays = [to_hf(path, read(name)).astype(np.float32) for name in names]
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        for name, array in zip(names, arrays, strict=True):
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {array.shape}, config.json needs {shape}")
-        whole = np.stack(arrays) if stacked else arrays[0]
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    params = jax.tree_util.tree_map_with_path(load, abstract, shardings)
-    tied = {"lm_head.weight"}  # some folders store the tied head a second time
-    unexpected = sorted(set(where) - expected - tied)
+def check_tensors(files: TensorFiles, abstract: Params) -> None:
+    """ValueError that names the first missing, unexpected or misshapen tensors."""
+    expected = {name: shape for name, _, _, shape in named_tensors(abstract)}
+    missing = [name for name in expected if name not in files.where]
+    if missing:
+        raise ValueError(f"{files.path} lacks {len(missing)} tensors: {missing[:3]}")
+    # Some folders store a tied head a second time.
+    tied = {"lm_head.weight"} if not {"lm_head", "score"} & set(abstract) else set()
+    unexpected = sorted(set(files.where) - set(expected) - tied)
     if unexpected:
-        raise ValueError(f"{folder} holds {len(unexpected)} unexpected tensors: {unexpected[:3]}")
-    return params
+        raise ValueError(
+            f"{files.path} holds {len(unexpected)} unexpected tensors: {unexpected[:3]}"
+        )
+    wrong = [name for name, shape in expected.items() if files.shape(name) != shape]
+    if wrong:
+        raise ValueError(
+            f"{files.path}: {len(wrong)} tensors are misshapen; {wrong[0]} has shape "
+            f"{files.shape(wrong[0])}, config.json needs {expected[wrong[0]]}"
+        )
+    for name in expected:
+        files.dtype(name)
 
 
-def export_folder(
-    params: Params, sizes: Sizes, tokenizer: ChatTokenizer, folder: Path, card: str
-) -> None:
-    """Write weights (float32), configs, tokenizer and model card; the folder appears at once."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors: dict[str, np.ndarray] = {}
-    for key_path, array in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
-        path = path_name(key_path)
-        if path.startswith("layers."):
-            for layer, part in enumerate(array):
-                tensors[tensor_name(path, layer)] = to_hf(path, part)
-        else:
-            tensors[tensor_name(path, None)] = to_hf(path, array)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    config = config_fields(sizes, tokenizer.end_id, tokenizer.pad_id, "float32")
-    generation = {
-        "eos_token_id": tokenizer.end_id,
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
+def import_params(
+    files: TensorFiles, abstract: Params, shardings: Params, dtype: Any = jnp.float32
+) -> Params:
+    """The parameters of a Hugging Face folder on the mesh, in `dtype`.
+
+    Every process reads its own range of each tensor's rows, one tensor at a time; what its devices
+    need of the others' comes over the mesh. The host never holds more than one tensor's range.
+    """
+    check_tensors(files, abstract)
+    # A path's only tensor before the stacked ones: the largest are read while little is held.
+    flat = {path: leaf for path, leaf in leaves(abstract)}
+    where = dict(leaves(shardings))
+    done = {
+        path: _import_leaf(files, path, flat[path], where[path], dtype)
+        for path in sorted(flat, key=lambda path: (is_stacked(path), path))
     }
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer.folder / name, partial / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    return jax.tree_util.tree_map_with_path(lambda p, _: done[path_name(p)], abstract)
+
+
+def _import_leaf(files: TensorFiles, path: str, leaf, sharding, dtype) -> jax.Array:
+    def ours(x):
+        return (x.T if is_transposed(path) else x).astype(dtype)
+
+    if not is_stacked(path):
+        whole = _spread_rows(files, tensor_name(path, None), sharding.mesh)
+        return jax.block_until_ready(jax.jit(ours, out_shardings=sharding)(whole))
+
+    def put(stack, x, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, ours(x), layer, 0)
+
+    put = jax.jit(put, donate_argnums=0, out_shardings=sharding)
+    stack = jnp.zeros(leaf.shape, dtype, device=sharding)
+    for layer in range(leaf.shape[0]):
+        x = _spread_rows(files, tensor_name(path, layer), sharding.mesh)
+        stack = jax.block_until_ready(put(stack, x, layer))
+    return stack
+
+
+def _spread_rows(files: TensorFiles, name: str, mesh) -> jax.Array:
+    """A tensor as it is in the file, its rows spread over all devices."""
+    shape = files.shape(name)
+    return jax.make_array_from_callback(
+        shape, row_sharding(mesh, shape), lambda index: files.read(name, index[0])
+    )
+
+
+class HuggingFaceParams:
+    """Our parameters read from a Hugging Face folder, one layer at a time, without a mesh."""
+
+    def __init__(self, folder: Path, abstract: Params):
+        self.files = TensorFiles(folder)
+        check_tensors(self.files, abstract)
+
+    def read(self, path: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
+        """One layer of a leaf, or a leaf that is not stacked; `rows` is a range of an embedding."""
+        array = self.files.read(tensor_name(path, layer), rows)
+        return array.T if is_transposed(path) else array

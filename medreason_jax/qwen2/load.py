@@ -1,25 +1,28 @@
-"""A model folder opened on a mesh: ours (`params/`) or Hugging Face's (`*.safetensors`)."""
+"""A model folder opened on a mesh."""
 
-import json
-import shutil
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from medreason_jax.checkpoint import load_params, save_params
+from medreason_jax.checkpoint import load_params
 from medreason_jax.config import MeshConfig
-from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
+from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.generate.engine import Engine
-from medreason_jax.manifest import model_folder
-from medreason_jax.mesh import Sharder, TokenShards, make_mesh, tree_shardings
-from medreason_jax.qwen2.attention import choose_attention
+from medreason_jax.mesh import HeadShards, Sharder, TokenShards, make_mesh, make_sharder
+from medreason_jax.qwen2.attention import KernelName, check_kernel, choose_kernel
+from medreason_jax.qwen2.folder import ADAPTER, PARAMS, Description, ModelFolder
 from medreason_jax.qwen2.huggingface import import_params
-from medreason_jax.qwen2.model import Compute, Network, Params, make_network
-from medreason_jax.qwen2.sizes import Sizes, config_fields, read_config_file
+from medreason_jax.qwen2.lora import Lora, merge_adapter, split_adapter, with_adapter
+from medreason_jax.qwen2.model import Compute, Network, Params, Remat, make_network
+from medreason_jax.qwen2.sizes import Sizes
+from medreason_jax.qwen2.tensor_files import TensorFiles
 from medreason_jax.train.objectives import Scorer
+
+Attention = Literal["auto"] | KernelName
 
 
 @struct.dataclass
@@ -27,64 +30,96 @@ class Loaded:
     """A model on a mesh, with its tokenizer."""
 
     mesh: Mesh = struct.field(pytree_node=False)
+    sharder: Sharder = struct.field(pytree_node=False)
     network: Network = struct.field(pytree_node=False)
+    description: Description = struct.field(pytree_node=False)
+    lora: Lora | None = struct.field(pytree_node=False)
     tokenizer: ChatTokenizer = struct.field(pytree_node=False)
     params: Params
 
     def check_length(self, length: int) -> None:
-        most = self.network.sizes.max_position_embeddings
+        most = self.network.sizes.max_length
         if length > most:
+            raise ValueError(f"length={length} is beyond the model's longest row, {most} tokens")
+
+    def check_language_model(self) -> None:
+        if self.description.score is not None:
             raise ValueError(
-                f"length={length} is beyond the model's max_position_embeddings={most}"
+                f"the model is a {self.description.architecture}; this needs a Qwen2ForCausalLM"
             )
 
     def scorer(self, chunk: int, temperature: float = 1.0) -> Scorer:
+        self.check_language_model()
         return Scorer(self.network, TokenShards(self.mesh), chunk, temperature)
 
     def engine(self, slots: int) -> Engine:
+        self.check_language_model()
         ids = {"end_id": self.tokenizer.end_id, "pad_id": self.tokenizer.pad_id}
         return Engine(self.network, self.mesh, slots=slots, **ids)
 
+    def merged(self) -> "Loaded":
+        """The same model with its adapter, if it has one, added to the kernels."""
+        if self.lora is None:
+            return self
+        network, _ = make_network(self.network.sizes, self.network.compute)
+        params = merge_adapter(self.params, self.lora)
+        params = jax.device_put(params, self.sharder.tree(params))
+        return self.replace(network=network, params=params, lora=None)
 
-def load_model(folder: Path, mesh_config: MeshConfig, dtype: str, remat: bool = False) -> Loaded:
+
+def load_model(
+    folder: Path,
+    mesh_config: MeshConfig,
+    dtype: str,
+    *,
+    remat: Remat = "none",
+    unroll: int = 1,
+    attention: Attention = "auto",
+) -> Loaded:
     """Open a model or stage folder on the mesh that the config asks for; float32 masters."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model={folder} does not exist; give a model or stage folder")
-    folder = model_folder(folder)
     mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
-    sizes = read_config_file(folder / "config.json")
-    tokenizer = ChatTokenizer(folder)
-    if tokenizer.vocab_size > sizes.vocab_size:
+    model = ModelFolder(folder)
+    sizes, score = model.description.sizes, model.description.score
+    sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
+    compute = make_compute(sharder, sizes, dtype, remat=remat, unroll=unroll, attention=attention)
+    network, abstract = make_network(sizes, compute, model.lora, score)
+    params = load_tree(model, abstract, sharder)
+    return Loaded(mesh, sharder, network, model.description, model.lora, model.tokenizer, params)
+
+
+def load_tree(model: ModelFolder, abstract: Params, sharder: Sharder) -> Params:
+    """The folder's parameters on the mesh, base and adapter."""
+    if model.base is not None:
+        base, adapter = split_adapter(abstract)
+        tree = load_params(model.folder / ADAPTER, adapter, sharder.tree(adapter))
+        return with_adapter(load_tree(model.base, base, sharder), tree)
+    if model.is_ours:
+        return load_params(model.folder / PARAMS, abstract, sharder.tree(abstract))
+    return import_params(TensorFiles(model.folder), abstract, sharder.tree(abstract))
+
+
+def make_compute(
+    sharder: Sharder,
+    sizes: Sizes,
+    dtype: str,
+    *,
+    remat: Remat = "none",
+    unroll: int = 1,
+    attention: Attention = "auto",
+) -> Compute:
+    """How the model runs on the mesh, its attention kernel named and confirmed by a self-test.
+
+    float32 asks for full float32 matrix products, which no accelerator does by default.
+    """
+    precision = "highest" if dtype == "float32" else None
+    jax.config.update("jax_default_matmul_precision", precision)
+    if sizes.num_hidden_layers % unroll:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{sizes.vocab_size}; they do not belong together"
+            f"unroll={unroll} does not divide the model's {sizes.num_hidden_layers} layers"
         )
-    network, abstract = make_network(sizes, make_compute(mesh, dtype, remat))
-    if (folder / "params").is_dir():
-        params = load_params(folder / "params", abstract, mesh)
-    else:
-        params = import_params(folder, abstract, tree_shardings(mesh, abstract))
-    return Loaded(mesh, network, tokenizer, params)
-
-
-def make_compute(mesh: Mesh, dtype: str, remat: bool) -> Compute:
-    """float32 asks for full float32 matrix products, which no accelerator does by default."""
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    _, attention = choose_attention(mesh.devices.flat[0].platform)
-    return Compute(jnp.dtype(dtype), attention, Sharder(mesh), remat)
-
-
-def save_model(folder: Path, params: Params, sizes: Sizes, tokenizer: ChatTokenizer) -> None:
-    """A model folder of our own kind; `params/` comes last and whole."""
-    if jax.process_index() == 0:
-        write_model_files(folder, sizes, tokenizer)
-    save_params(folder / "params", params)
-
-
-def write_model_files(folder: Path, sizes: Sizes, tokenizer: ChatTokenizer) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = config_fields(sizes, tokenizer.end_id, tokenizer.pad_id, "float32")
-    (folder / "config.json").write_text(json.dumps(fields, indent=2))
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer.folder / name, folder / name)
+    device = sharder.mesh.devices.flat[0]
+    kernel = choose_kernel(attention, device.platform, sizes.head_dim, HeadShards(sharder.mesh))
+    if device in jax.devices():  # not one that is only compiled for
+        heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+        check_kernel(kernel, heads, kv_heads, sizes.head_dim, jnp.dtype(dtype))
+    return Compute(jnp.dtype(dtype), kernel, sharder, remat, unroll)

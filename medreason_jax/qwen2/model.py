@@ -5,17 +5,29 @@ key/value heads, H head size. Layers are stacked on a leading L axis and scanned
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 
-from medreason_jax.qwen2.attention import Attention
+from medreason_jax.qwen2.attention import Kernel, Places, xla_attention
+from medreason_jax.qwen2.heads import Score, ScoreHead
+from medreason_jax.qwen2.lora import Lora, Target
+from medreason_jax.qwen2.rope import rope_frequencies
 from medreason_jax.qwen2.sizes import Sizes
 
 Params = dict[str, Any]
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+Remat = Literal["none", "context", "context+qkv", "full"]
+
+# What a layer keeps for the backward pass beside its input; the rest is computed again.
+KEPT: dict[str, tuple[str, ...]] = {
+    "context": ("context",),
+    "context+qkv": ("context", "qkv"),
+    "full": (),
+}
 
 
 @struct.dataclass
@@ -24,27 +36,41 @@ class Cache:
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
-    segments_BS: jax.Array  # 0 where a row has no token
+    places: Places  # [B, S]; segment 0 where a row has no token
 
 
 @struct.dataclass
 class Compute:
-    """How the model runs: not what it computes."""
+    """How the model runs: not what it computes.
+
+    `unroll` is how many layers one iteration of the scan holds.
+    """
 
     dtype: Any = struct.field(pytree_node=False)
-    attention: Attention = struct.field(pytree_node=False)
+    attention: Kernel = struct.field(pytree_node=False)  # of whole rows
     constrain: Constrain = struct.field(pytree_node=False)
-    remat: bool = struct.field(pytree_node=False)
+    remat: Remat = struct.field(pytree_node=False, default="none")
+    unroll: int = struct.field(pytree_node=False, default=1)
 
 
 class Linear(nnx.Module):
-    def __init__(self, n_in: int, n_out: int, scale: float, bias: bool, rngs: nnx.Rngs):
+    """x W + b, and where a target is given its low-rank adapter (`lora.py`)."""
+
+    def __init__(self, n_in, n_out, scale: float, bias: bool, rngs, lora: Target | None = None):
         self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (n_in, n_out)))
         self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
+        self.lora_A = None if lora is None else nnx.Param(jnp.zeros((n_in, lora.rank)))
+        self.lora_B = None if lora is None else nnx.Param(jnp.zeros((lora.rank, n_out)))
+        self.lora_scale = None if lora is None else lora.scale
 
     def __call__(self, x):
         y = jnp.dot(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_A is not None:
+            low = jnp.dot(x, self.lora_A[...].astype(x.dtype))
+            y = y + self.lora_scale * jnp.dot(low, self.lora_B[...].astype(x.dtype))
+        return y
 
 
 class RMSNorm(nnx.Module):
@@ -53,9 +79,13 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)  # bfloat16 loses the mean square
-        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return normal.astype(x.dtype) * self.weight[...].astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+def rms_norm(x, weight, eps: float):
+    x32 = x.astype(jnp.float32)  # bfloat16 loses the mean square
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return normal.astype(x.dtype) * weight.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -64,91 +94,95 @@ class Embedding(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs):
         D, H, scale = sizes.hidden_size, sizes.head_dim, sizes.initializer_range
         N, K = sizes.num_attention_heads, sizes.num_key_value_heads
-        self.q_proj = Linear(D, N * H, scale, True, rngs)
-        self.k_proj = Linear(D, K * H, scale, True, rngs)
-        self.v_proj = Linear(D, K * H, scale, True, rngs)
-        self.o_proj = Linear(N * H, D, scale, False, rngs)
+        self.q_proj = Linear(D, N * H, scale, True, rngs, _target(lora, "q_proj"))
+        self.k_proj = Linear(D, K * H, scale, True, rngs, _target(lora, "k_proj"))
+        self.v_proj = Linear(D, K * H, scale, True, rngs, _target(lora, "v_proj"))
+        self.o_proj = Linear(N * H, D, scale, False, rngs, _target(lora, "o_proj"))
         self.head_dim = H
 
-    def project(self, x_BTD, rotation_BTH):
+    def project(self, x_BTD, rotation_BTH, constrain: Constrain):
         """Rotated queries and keys, and values, split into heads."""
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
-        q_BTNH, k_BTKH = heads(self.q_proj(x_BTD)), heads(self.k_proj(x_BTD))
-        return rotate(q_BTNH, rotation_BTH), rotate(k_BTKH, rotation_BTH), heads(self.v_proj(x_BTD))
+
+        def heads(y, name: str):
+            y = y.reshape(*y.shape[:2], -1, self.head_dim)
+            return constrain(y, ("batch", "time", name, None))
+
+        q_BTNH = rotate(heads(self.q_proj(x_BTD), "heads"), rotation_BTH)
+        k_BTKH = rotate(heads(self.k_proj(x_BTD), "kv_heads"), rotation_BTH)
+        v_BTKH = heads(self.v_proj(x_BTD), "kv_heads")
+        return tuple(checkpoint_name(y, "qkv") for y in (q_BTNH, k_BTKH, v_BTKH))
 
 
 class MLP(nnx.Module):
-    def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs):
         D, F, scale = sizes.hidden_size, sizes.intermediate_size, sizes.initializer_range
-        self.gate_proj = Linear(D, F, scale, False, rngs)
-        self.up_proj = Linear(D, F, scale, False, rngs)
-        self.down_proj = Linear(F, D, scale, False, rngs)
+        self.gate_proj = Linear(D, F, scale, False, rngs, _target(lora, "gate_proj"))
+        self.up_proj = Linear(D, F, scale, False, rngs, _target(lora, "up_proj"))
+        self.down_proj = Linear(F, D, scale, False, rngs, _target(lora, "down_proj"))
 
     def __call__(self, x, constrain: Constrain):
         inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(constrain(inner, ("batch", "time", "mlp")))
 
 
+def _target(lora: Lora | None, projection: str) -> Target | None:
+    return None if lora is None else lora.of(projection)
+
+
 class DecoderLayer(nnx.Module):
-    def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.self_attn = SelfAttention(sizes, rngs)
+        self.self_attn = SelfAttention(sizes, lora, rngs)
         self.post_attention_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.mlp = MLP(sizes, rngs)
+        self.mlp = MLP(sizes, lora, rngs)
 
     def __call__(self, x_BTD, rotation_BTH, attend: Callable, constrain: Constrain):
         """`attend(q_BTNH, k_BTKH, v_BTKH) -> context_BTNH, kept`; `kept` is handed back."""
-        q_BTNH, k_BTKH, v_BTKH = self.self_attn.project(self.input_layernorm(x_BTD), rotation_BTH)
-        context_BTNH, kept = attend(
-            constrain(q_BTNH, ("batch", "time", "heads", None)), k_BTKH, v_BTKH
-        )
-        x_BTD = x_BTD + self.self_attn.o_proj(context_BTNH.reshape(*x_BTD.shape[:2], -1))
+        normal_BTD = self.input_layernorm(x_BTD)
+        context_BTNH, kept = attend(*self.self_attn.project(normal_BTD, rotation_BTH, constrain))
+        context_BTD = checkpoint_name(context_BTNH, "context").reshape(*x_BTD.shape[:2], -1)
+        x_BTD = x_BTD + self.self_attn.o_proj(context_BTD)
         x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), constrain)
         return constrain(x_BTD, ("batch", "time", "model")), kept
 
 
 class Qwen2(nnx.Module):
-    """The decoder; `train/head.py` and the sampler apply the vocabulary projection."""
+    """The decoder; `train/head.py` and the sampler apply the vocabulary projection.
 
-    def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
+    With a `score` head the vocabulary projection is absent, as in `transformers`' classifiers.
+    """
+
+    def __init__(self, sizes: Sizes, lora: Lora | None, score: ScoreHead | None, rngs: nnx.Rngs):
         scale = sizes.initializer_range
         self.embed_tokens = Embedding(sizes.vocab_size, sizes.hidden_size, scale, rngs)
         stack = nnx.split_rngs(splits=sizes.num_hidden_layers)(
-            nnx.vmap(lambda r: DecoderLayer(sizes, r), in_axes=(0,), out_axes=0)
+            nnx.vmap(lambda r: DecoderLayer(sizes, lora, r), in_axes=(0,), out_axes=0)
         )
         self.layers = stack(rngs)
         self.norm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        if not sizes.tie_word_embeddings:
+        if score is not None:
+            self.score = Score(sizes.hidden_size, score)
+        elif not sizes.tie_word_embeddings:
             self.lm_head = Linear(sizes.hidden_size, sizes.vocab_size, scale, False, rngs)
         self.sizes = sizes
 
     def hidden(self, tokens_BT, positions_BT, segments_BT, compute: Compute):
         """hidden_BTD after the last norm, of whole rows."""
-        slots_T = jnp.arange(tokens_BT.shape[1])
-
-        def attend(q, k, v):
-            return compute.attention(q, k, v, segments_BT, segments_BT, slots_T), None
-
         definition, stacked = nnx.split(self.layers)
-        rotation_BTH = self._rotation(positions_BT)
-
-        def body(x_BTD, layer):
-            x_BTD, _ = nnx.merge(definition, layer)(x_BTD, rotation_BTH, attend, compute.constrain)
-            return x_BTD, None
-
-        body = jax.checkpoint(body) if compute.remat else body
-        x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT, compute), stacked)
-        return self.norm(x_BTD)
+        places = Places(segments_BT, positions_BT)
+        x_BTD = self._embed(tokens_BT, compute)
+        return self.norm(run_layers(definition, stacked, x_BTD, places, self.sizes, compute))
 
     def hidden_cached(self, tokens_BT, positions_BT, segments_BT, cache: Cache, slot, compute):
         """hidden_BTD of T new tokens at slots slot..slot+T-1, and the cache with them."""
-        slots_T = slot + jnp.arange(tokens_BT.shape[1])
-        segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, slot))
+        places = Places(segments_BT, positions_BT)
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot))  # noqa: E731
+        cached = jax.tree.map(write, cache.places, places)
         definition, stacked = nnx.split(self.layers)
-        rotation_BTH = self._rotation(positions_BT)
+        rotation_BTH = rotation(self.sizes, positions_BT)
 
         # The cache is a carry, updated in place: as a scanned input it would be copied every step.
         def body(carry, layer_and_index):
@@ -159,9 +193,7 @@ class Qwen2(nnx.Module):
                 at = (index, 0, slot, 0, 0)
                 k_new = jax.lax.dynamic_update_slice(k_LBSKH, k[None].astype(k_LBSKH.dtype), at)
                 v_new = jax.lax.dynamic_update_slice(v_LBSKH, v[None].astype(v_LBSKH.dtype), at)
-                context = compute.attention(
-                    q, k_new[index], v_new[index], segments_BT, segments_BS, slots_T
-                )
+                context = xla_attention(q, k_new[index], v_new[index], places, cached)
                 return context, (k_new, v_new)
 
             x_BTD, kept = nnx.merge(definition, layer)(
@@ -172,17 +204,40 @@ class Qwen2(nnx.Module):
         indices_L = jnp.arange(self.sizes.num_hidden_layers)
         carry = (self._embed(tokens_BT, compute), cache.k_LBSKH, cache.v_LBSKH)
         (x_BTD, k_LBSKH, v_LBSKH), _ = jax.lax.scan(body, carry, (stacked, indices_L))
-        return self.norm(x_BTD), Cache(k_LBSKH, v_LBSKH, segments_BS)
+        return self.norm(x_BTD), Cache(k_LBSKH, v_LBSKH, cached)
 
     def _embed(self, tokens_BT, compute: Compute):
         x_BTD = self.embed_tokens.embedding[...][tokens_BT].astype(compute.dtype)
         return compute.constrain(x_BTD, ("batch", "time", "model"))
 
-    def _rotation(self, positions_BT):
-        H, theta = self.sizes.head_dim, self.sizes.rope_theta
-        frequency = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-        angle = positions_BT[..., None].astype(jnp.float32) * frequency
-        return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+def run_layers(definition, stacked, x_BTD, places: Places, sizes: Sizes, compute: Compute):
+    """x_BTD through stacked decoder layers (however many) of one `definition`, whole rows."""
+    rotation_BTH = rotation(sizes, places.positions_BT)
+
+    def attend(q, k, v):
+        return compute.attention(q, k, v, places, places), None
+
+    def body(x_BTD, layer):
+        x_BTD, _ = nnx.merge(definition, layer)(x_BTD, rotation_BTH, attend, compute.constrain)
+        return x_BTD, None
+
+    if compute.remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[compute.remat])
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.lax.scan(body, x_BTD, stacked, unroll=compute.unroll)[0]
+
+
+def layer_definition(sizes: Sizes):
+    """The definition of one decoder layer, for `run_layers`."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(sizes, None, nnx.Rngs(0))))[0]
+
+
+def rotation(sizes: Sizes, positions_BT):
+    """Cosines and sines of the rotary embedding [B, T, 1, H/2], float32."""
+    frequency, factor = rope_frequencies(sizes.head_dim, sizes.rope_theta, sizes.rope_scaling)
+    angle = positions_BT[..., None].astype(jnp.float32) * frequency
+    return factor * jnp.cos(angle)[:, :, None], factor * jnp.sin(angle)[:, :, None]
 
 
 def rotate(x_BTNH, rotation):
@@ -218,17 +273,30 @@ class Network:
     def empty_cache(self, batch: int, slots: int) -> Cache:
         s = self.sizes
         shape = (s.num_hidden_layers, batch, slots, s.num_key_value_heads, s.head_dim)
-        zeros = jnp.zeros(shape, self.compute.dtype)
-        return Cache(zeros, zeros, jnp.zeros((batch, slots), jnp.int32))
+        zeros, nowhere = jnp.zeros(shape, self.compute.dtype), jnp.zeros((batch, slots), jnp.int32)
+        return Cache(zeros, zeros, Places(nowhere, nowhere))
 
 
-def make_network(sizes: Sizes, compute: Compute) -> tuple[Network, Params]:
-    """The network, and its parameter tree as shapes (`jax.ShapeDtypeStruct`)."""
-    abstract = nnx.eval_shape(lambda: Qwen2(sizes, nnx.Rngs(0)))
-    definition, state = nnx.split(abstract)
+def make_network(
+    sizes: Sizes, compute: Compute, lora: Lora | None = None, score: ScoreHead | None = None
+) -> tuple[Network, Params]:
+    """The network, and its parameter tree as shapes (`abstract_params`).
+
+    With `lora` the tree holds base and adapter; the network without it computes with the base.
+    """
+    model = nnx.eval_shape(lambda: Qwen2(sizes, lora, score, nnx.Rngs(0)))
+    definition, state = nnx.split(model)
     return Network(definition, sizes, compute), nnx.to_pure_dict(state)
+
+
+def abstract_params(
+    sizes: Sizes, lora: Lora | None = None, score: ScoreHead | None = None
+) -> Params:
+    """The parameter tree as shapes (`jax.ShapeDtypeStruct`)."""
+    model = nnx.eval_shape(lambda: Qwen2(sizes, lora, score, nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.split(model)[1])
 
 
 def init_params(sizes: Sizes, key: jax.Array) -> Params:
     """Random weights N(0, initializer_range), biases 0, norm gains 1, float32."""
-    return nnx.to_pure_dict(nnx.split(Qwen2(sizes, nnx.Rngs(params=key)))[1])
+    return nnx.to_pure_dict(nnx.split(Qwen2(sizes, None, None, nnx.Rngs(params=key)))[1])

@@ -22,12 +22,19 @@ from medreason_jax.mesh import (
     start_processes,
 )
 from medreason_jax.metrics import truncate_after
-from medreason_jax.qwen2.heads import init_score
-from medreason_jax.qwen2.load import load_model
+from medreason_jax.qwen2.heads import ScoreHead, init_score
 from medreason_jax.rl.reward import Judged, Rewards, judge_response
 from medreason_jax.rl.rollout import make_rollout_scorer, rollout_rows
 from medreason_jax.train.objectives import proximal_policy
-from medreason_jax.train.run import Run, halt_if_broken, optimizer_of, progress_bar
+from medreason_jax.train.optimizer import Rate
+from medreason_jax.train.run import (
+    Run,
+    halt_if_broken,
+    load_for_training,
+    optimizer_of,
+    progress_bar,
+    resolved,
+)
 from medreason_jax.train.step import init_state, make_train_step
 
 
@@ -38,7 +45,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished
-    model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    model = load_for_training(config)
     model.check_length(config.length)
     minibatch = config.rollouts // config.minibatches
     check_rows(model.mesh, "rollouts / minibatches", minibatch, config.accumulation)
@@ -51,19 +58,19 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     steps = config.iterations * config.ppo_epochs * config.minibatches
     rate = config.optimizer.learning_rate
     scale = 1.0 if config.critic_rate is None else config.critic_rate / rate
-    optimizer, _ = optimizer_of(config.optimizer, steps, ((r"^critic\.", scale), (r".", 1.0)))
+    optimizer, _ = optimizer_of(config.optimizer, steps, [Rate(r"^critic\.", scale)])
     reference = jax.tree.map(jnp.copy, model.params)
-    critic = init_score(model.network.sizes.hidden_size, 1)
+    critic = init_score(model.network.sizes.hidden_size, ScoreHead(1, bias=True))
     critic = jax.device_put(critic, replicated(model.mesh))
     state = init_state({"policy": model.params, "critic": critic}, optimizer)
     objective = proximal_policy(scorer, config.clip, config.value_clip, config.value_coef)
-    step = make_train_step(objective, optimizer, model.mesh, state, config.accumulation)
+    step = make_train_step(objective, optimizer, model.sharder, state, config.accumulation)
     score_rollouts = make_rollout_scorer(scorer, config.kl_coef, config.gamma, config.gae_lambda)
 
     if jax.process_index() == 0:
-        save_yaml(config, config.folder / "config.yaml")
+        save_yaml(resolved(config, model), config.folder / "config.yaml")
     run = Run(config.folder, config.checkpoint_every, fingerprint(problems))
-    state, done = run.start(state, model.mesh)
+    state, done = run.start(state, model.sharder)
     table = RolloutTable(config.folder / "rollouts.jsonl", done, jax.process_index() == 0)
     bar = progress_bar(config.folder.name, config.iterations, done)
 

@@ -4,25 +4,34 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from medreason_jax.checkpoint import StateCheckpoints, abstract_like, remove_states
-from medreason_jax.config import OptimizerConfig, TrainConfig, check_unchanged, save_yaml
+from medreason_jax.config import (
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    check_unchanged,
+    save_yaml,
+)
 from medreason_jax.data.dataset import Batches, Source
 from medreason_jax.data.prepare import prepare
 from medreason_jax.manifest import MANIFEST, read_manifest, write_json
-from medreason_jax.mesh import check_rows, gather_to_host, start_processes
+from medreason_jax.mesh import Sharder, check_rows, gather_to_host, start_processes
 from medreason_jax.metrics import MetricLog
-from medreason_jax.qwen2.load import Loaded, load_model, save_model
+from medreason_jax.qwen2.folder import save_model
+from medreason_jax.qwen2.load import Loaded, load_model
 from medreason_jax.train.objectives import Objective, Scorer, language_modelling, preference
-from medreason_jax.train.optimizer import make_optimizer, make_schedule
-from medreason_jax.train.step import TrainState, init_state, make_train_step, state_shardings
+from medreason_jax.train.optimizer import Rate, make_optimizer, make_schedule
+from medreason_jax.train.step import TrainState, init_state, make_train_step
+
+C = TypeVar("C", bound=RunConfig)
 
 
 class Stopped(RuntimeError):
@@ -40,11 +49,11 @@ class Run:
         self.stop_requested = False
         self.log: MetricLog | None = None
 
-    def start(self, state: TrainState, mesh) -> tuple[TrainState, int]:
+    def start(self, state: TrainState, sharder: Sharder) -> tuple[TrainState, int]:
         """The state to go on with and how many units (steps, iterations) it has behind it."""
         done = self.checkpoints.latest()
         if done is not None:
-            target = abstract_like(state, state_shardings(mesh, state))
+            target = abstract_like(state, sharder.tree(state))
             state, facts = self.checkpoints.restore(done, target)
             if facts["fingerprint"] != self.fingerprint:
                 raise ValueError(
@@ -94,7 +103,7 @@ class Run:
         assert self.log is not None
         self.log.close()
         self.checkpoints.close()
-        save_model(self.folder / "model", params, model.network.sizes, model.tokenizer)
+        save_model(self.folder / "model", params, model.description, model.tokenizer)
         manifest = {**facts, "model": "model", "seconds": round(self.seconds, 1)}
         if self.main:
             write_json(self.folder / MANIFEST, manifest)
@@ -103,7 +112,7 @@ class Run:
         return manifest
 
 
-def optimizer_of(config: OptimizerConfig, steps: int, rate_rules=((r".", 1.0),)):
+def optimizer_of(config: OptimizerConfig, steps: int, rates: Sequence[Rate] = ()):
     warmup = int(config.warmup_ratio * steps)
     schedule = make_schedule(
         config.schedule, config.learning_rate, steps, warmup, config.final_ratio
@@ -114,9 +123,31 @@ def optimizer_of(config: OptimizerConfig, steps: int, rate_rules=((r".", 1.0),))
         b2=config.b2,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
-        rate_rules=rate_rules,
+        rates=[*(Rate(rule.pattern, rule.scale, rule.layers) for rule in config.rates), *rates],
     )
     return optimizer, schedule
+
+
+def load_for_training(config: RunConfig) -> Loaded:
+    model = load_model(
+        config.model,
+        config.mesh,
+        config.dtype,
+        remat=config.remat,
+        unroll=config.unroll,
+        attention=config.attention,
+    )
+    if model.lora is not None:
+        raise ValueError(
+            f"model={config.model} is an adapter; add it to its base first: medreason export "
+            f"--merged {config.model} MERGED"
+        )
+    return model
+
+
+def resolved(config: C, model: Loaded) -> C:
+    """The config with the attention kernel that `auto` became."""
+    return config.model_copy(update={"attention": model.network.compute.attention.name})
 
 
 def halt_if_broken(metrics: dict[str, Any], unit: int, folder: Path) -> None:
@@ -149,7 +180,7 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished
-    model = load_model(config.model, config.mesh, config.dtype, config.remat)
+    model = load_for_training(config)
     model.check_length(config.length)
     check_rows(model.mesh, "batch_rows", config.batch_rows, config.accumulation)
     facts, batches = prepare_sources(config, model)
@@ -157,12 +188,12 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
     objective, frozen = _objective(config, model)
     optimizer, schedule = optimizer_of(config.optimizer, steps)
     state = init_state(model.params, optimizer)
-    step = make_train_step(objective, optimizer, model.mesh, state, config.accumulation)
+    step = make_train_step(objective, optimizer, model.sharder, state, config.accumulation)
 
     if jax.process_index() == 0:
-        save_yaml(config, config.folder / "config.yaml")
+        save_yaml(resolved(config, model), config.folder / "config.yaml")
     run = Run(config.folder, config.checkpoint_every, batches.fingerprint)
-    state, done = run.start(state, model.mesh)
+    state, done = run.start(state, model.sharder)
     bar = progress_bar(config.folder.name, steps, done)
     pending: tuple[int, dict[str, Any]] | None = None
 

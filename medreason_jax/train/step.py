@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
-from medreason_jax.mesh import Sharder, batch_sharding, replicated, tree_shardings
+from medreason_jax.mesh import Sharder, batch_sharding, replicated
 from medreason_jax.train.objectives import Objective
 
 
@@ -24,25 +23,18 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.bool_(False))
 
 
-def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where each leaf of a (possibly abstract) state lives."""
-    return tree_shardings(mesh, state)
-
-
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    sharder: Sharder,
     state: TrainState,
     accumulation: int,
 ):
     """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
 
     `batch` holds arrays [B, ...] with B a multiple of accumulation x batch shards. `frozen` takes
-    no
-    gradient. The update is skipped, and `halted` set, when the loss or the gradient is not finite.
+    no gradient. The update is skipped, and `halted` set, when loss or gradient are not finite.
     """
-    sharder = Sharder(mesh)
 
     def split(x):
         """[B, ...] -> [A, B/A, ...] without moving a row to another device."""
@@ -90,10 +82,10 @@ def make_train_step(
         metrics |= {name: s / jnp.maximum(w, 1.0) for name, (s, w) in sums.items()}
         return new_state, metrics
 
-    shardings = state_shardings(mesh, state)
+    shardings = sharder.tree(state)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, None, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(shardings, None, batch_sharding(sharder.mesh)),
+        out_shardings=(shardings, replicated(sharder.mesh)),
     )

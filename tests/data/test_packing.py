@@ -1,15 +1,11 @@
-"""Packing loses and doubles nothing; conversations cut where generation starts."""
-
-import json
+"""Packing loses and doubles nothing."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medreason_jax.data.chat import ANSWER_ONLY, ChatTokenizer, Encoded, reasoning_text
+from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import first_fit, pack_items, pack_pairs, split_document
-from medreason_jax.data.tokenizer_training import train_tokenizer
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(0, 5))
@@ -49,66 +45,3 @@ def test_a_split_document_predicts_every_token_once():
     pieces = split_document(Encoded(list(range(100)), [True] * 100), 33)
     predicted = [token for piece in pieces for token in piece.ids[1:]]
     assert predicted == list(range(1, 100))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["Velotan is given 2 times a day.\n"] * 20, 340, "", folder)
-    return ChatTokenizer(folder)
-
-
-@pytest.mark.parametrize("thinking", ["Hmm.\n2 times.", ""])
-def test_the_generation_prompt_is_a_prefix_of_the_training_row(tokenizer, thinking):
-    messages = [{"role": "user", "content": "How often?"}]
-    row = tokenizer.conversation(messages, thinking, "2 times")
-    prompt = tokenizer.prompt(messages, "" if thinking else ANSWER_ONLY)
-    assert row.ids[: len(prompt)] == prompt
-    assert row.is_target == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
-    assert row.ids[-1] == tokenizer.end_id
-    answer = reasoning_text(thinking, "2 times") if thinking else "2 times"
-    assert tokenizer.decode(row.ids[len(prompt) :]) == answer
-
-
-def test_digits_are_single_tokens(tokenizer):
-    assert len(tokenizer.encode("1234")) == 4
-
-
-def test_the_real_tokenizer_gives_its_golden_encodings(real_data):
-    folder = real_data / "qwen2.5-tokenizer"
-    tokenizer = ChatTokenizer(folder)
-    texts = (folder / "golden/ggml-vocab-qwen2.gguf.inp").read_text(encoding="utf-8")
-    expected = (folder / "golden/ggml-vocab-qwen2.gguf.out").read_text().splitlines()
-    texts = texts.split("\n__ggml_vocab_test__\n")
-    assert len(expected) == 46
-    for text, line in zip(texts, expected, strict=False):
-        assert tokenizer.encode(text) == [int(i) for i in line.split()]
-    assert tokenizer.default_system.startswith("You are Qwen")
-
-
-def test_prompts_equal_the_golden_chat_template_cases(real_data):
-    folder = real_data / "qwen2.5-tokenizer"
-    tokenizer = ChatTokenizer(folder)
-    compared = 0
-    lines = (folder / "golden/chat_template_cases.jsonl").read_text("utf-8").splitlines()
-    for case in map(json.loads, lines):
-        plain = case["tools"] is None and all(
-            m.keys() == {"role", "content"} for m in case["messages"]
-        )
-        if not plain or case["name"] == "special_token_in_text":
-            continue  # tools are refused below; a special token in a text is text with us
-        ids = tokenizer.prompt(case["messages"])
-        if not case["add_generation_prompt"]:
-            ids = ids[: -len(tokenizer.encode("assistant\n")) - 1]
-        assert ids == case["input_ids"], case["name"]
-        compared += 1
-    assert compared == 7
-
-
-@pytest.mark.parametrize(
-    "message",
-    [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x", "tool_calls": []}],
-)
-def test_messages_of_tools_are_refused(tokenizer, message):
-    with pytest.raises(ValueError, match="a message holds a role"):
-        tokenizer.prompt([{"role": "user", "content": "x"}, message])

@@ -8,7 +8,8 @@ import pytest
 from medreason_jax.cli import exit_code_of, run_arguments
 from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.data.tokenizer_training import train_tokenizer
-from medreason_jax.qwen2.huggingface import export_folder
+from medreason_jax.qwen2.export import export_model
+from medreason_jax.qwen2.folder import Description, save_model
 from tests.tiny import tiny_model
 
 torch = pytest.importorskip("torch", reason="the export extra (torch, transformers) is missing")
@@ -19,8 +20,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
     train_tokenizer(["Velotan is given 2 times a day."] * 20, 320, "Answer.", root / "tokenizer")
     tokenizer = ChatTokenizer(root / "tokenizer")
-    _, network, params, _ = tiny_model(vocab_size=tokenizer.vocab_size)
-    export_folder(params, network.sizes, tokenizer, root / "hf", "card")
+    _, network, params, _ = tiny_model()
+    save_model(root / "ckpt", params, Description(network.sizes), tokenizer)
+    export_model(root / "ckpt", root / "hf", card="card")
     return root / "hf"
 
 

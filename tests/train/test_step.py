@@ -8,7 +8,7 @@ import pytest
 
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
-from medreason_jax.mesh import put_batch, tree_shardings
+from medreason_jax.mesh import put_batch
 from medreason_jax.train.head import token_logprobs
 from medreason_jax.train.objectives import language_modelling, preference
 from medreason_jax.train.step import init_state, make_train_step
@@ -35,12 +35,13 @@ def rows_of(groups) -> dict[str, np.ndarray]:
 
 def gradients(mesh_shape, batch, accumulation):
     """Loss, and minus the gradient as the parameter change under SGD with rate 1."""
-    mesh, _, params, scorer = tiny_model(mesh_shape)
-    params = jax.device_put(params, tree_shardings(mesh, params))
+    mesh, network, params, scorer = tiny_model(mesh_shape)
+    sharder = network.compute.constrain
+    params = jax.device_put(params, sharder.tree(params))
     before = jax.tree.map(np.asarray, params)
     optimizer = optax.sgd(1.0)
     state = init_state(params, optimizer)
-    step = make_train_step(language_modelling(scorer), optimizer, mesh, state, accumulation)
+    step = make_train_step(language_modelling(scorer), optimizer, sharder, state, accumulation)
     state, metrics = step(state, None, put_batch(mesh, batch))
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
     return float(metrics["loss"]), change
@@ -72,12 +73,13 @@ def test_packed_rows_equal_documents_alone():
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state():
-    mesh, _, params, scorer = tiny_model()
+    mesh, network, params, scorer = tiny_model()
+    sharder = network.compute.constrain
     params["norm"]["weight"] = params["norm"]["weight"].at[0].set(jnp.nan)
     optimizer = optax.sgd(1.0)
     state = init_state(params, optimizer)
     before = jax.tree.map(np.asarray, params)
-    step = make_train_step(language_modelling(scorer), optimizer, mesh, state, 1)
+    step = make_train_step(language_modelling(scorer), optimizer, sharder, state, 1)
     state, metrics = step(state, None, put_batch(mesh, rows_of([[i] for i in items(2)])))
     assert bool(metrics["halted"]) and bool(state.halted) and int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.params))

@@ -1,0 +1,32 @@
+"""`medreason doctor` on this machine, and with a kernel that is wrong."""
+
+import json
+
+import jax.numpy as jnp
+
+from medreason_jax import doctor
+from medreason_jax.cli import run_arguments
+from medreason_jax.qwen2.attention import Kernel, xla_attention
+
+
+def test_every_kernel_is_tried_and_the_one_that_auto_takes_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "HOST", "localhost.invalid")
+    run_arguments(["doctor", str(tmp_path / "not" / "yet"), "--json"])
+    records = {r["check"]: r for r in json.loads(capsys.readouterr().out)}
+    xla = records["attention xla, head 64, float32"]
+    assert xla["ok"] is True and "auto takes it" in xla["note"]
+    assert records["attention splash, head 128, bfloat16"]["found"] == "not for this platform"
+    assert "8 x cpu" in records["devices"]["found"]
+    assert records["network"]["ok"] is None and "out of reach" in records["network"]["found"]
+
+
+def test_a_wrong_kernel_fails_the_command(monkeypatch, capsys, tmp_path):
+    def drops_segments(q, k, v, queries, keys):
+        ones = lambda places: places.replace(segments_BT=jnp.ones_like(places.segments_BT))  # noqa: E731
+        return xla_attention(q, k, v, ones(queries), ones(keys))
+
+    wrong = Kernel("xla", drops_segments)
+    monkeypatch.setattr(doctor, "choose_kernel", lambda *arguments: wrong)
+    records = [r for r in doctor._kernels() if "xla" in r["check"]]
+    assert records and not any(r["ok"] for r in records)
+    assert "FAILS" in doctor.table(records)
