@@ -44,7 +44,7 @@ def run(recipe: Config, set_: Set = None, json_: Json = False) -> None:
 def _stage(config: Path, overrides: list[str] | None, json_: bool, kind: str) -> None:
     from medreason_jax.config import PPOConfig, TrainConfig, load_yaml, validate
     from medreason_jax.rl.loop import ppo_stage
-    from medreason_jax.train.run import train_stage
+    from medreason_jax.train.stage import train_stage
 
     values = {"kind": kind, **load_yaml(config, overrides or [])}
     if values["kind"] != kind:
@@ -149,7 +149,9 @@ def import_model(
     from medreason_jax.qwen2.importing import import_folder, import_peft_folder
     from medreason_jax.qwen2.peft import is_peft_folder
 
+    start_processes()
     if is_peft_folder(source):
+        alone("import of a peft adapter")
         if base is None:
             raise ValueError(f"{source} is a peft adapter; give the model it is for: --base MODEL")
         lora = import_peft_folder(source, target, base)
@@ -158,8 +160,7 @@ def import_model(
         return
     if base is not None:
         raise ValueError(f"--base {base} is for peft adapters; {source} is a model")
-    start_processes()
-    fsdp = jax.device_count() // tensor if fsdp is None else fsdp
+    fsdp = max(jax.device_count() // tensor, 1) if fsdp is None else fsdp
     facts = import_folder(source, target, MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
     print(f"read    {facts.bytes_read} of {facts.total_bytes} bytes")
     print(f"model   {target}")
@@ -185,10 +186,13 @@ def export(
 
     Example: medreason export ckpt out
     """
+    from medreason_jax.mesh import start_processes
     from medreason_jax.model_card import model_card
     from medreason_jax.qwen2.export import export_adapter, export_model
     from medreason_jax.qwen2.folder import ModelFolder
 
+    start_processes()
+    alone("export")
     one_of("--gate", gate, ("auto", "full", "layerwise"))
     if dtype is not None:
         one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
@@ -198,6 +202,11 @@ def export(
         raise ValueError(f"{source} is {what}; found --adapter={adapter}, --merged={merged}")
     if not adapter and base is not None:
         raise ValueError(f"--base {base} goes with --adapter")
+    if adapter and (gate != "auto" or dtype is not None):
+        raise ValueError(
+            f"--gate {gate} and --dtype {dtype} have no effect with --adapter: it is written in "
+            "float32 and compared with peft"
+        )
     card = model_card(source, target.name)
     options: Any = {"gate": gate, "dtype": dtype}
     if adapter:
@@ -205,6 +214,36 @@ def export(
     else:
         facts = export_model(source, target, card=card, **options)
     print(f"model   {target}\nparity  {json.dumps(facts)}")
+
+
+@app.command()
+def plan(
+    config: Config,
+    target: Annotated[str, typer.Option(help="v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, h200:8, cpu:8")],
+    model: Annotated[
+        Path | None, typer.Option(help="folder or known name, in place of the config's")
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Whether a CPT, SFT or preference stage fits devices that are not here, compiled for them.
+
+    Needs no weights and no data; exit code 1 when it does not fit.
+
+    Example: medreason plan configs/stages/huatuogpt_sft_7b.yaml --target v5e:4x4
+    """
+    from medreason_jax.targets import parse_target, set_environment
+
+    devices = parse_target(target)
+    set_environment(devices)
+    from medreason_jax.config import TrainConfig, load_yaml, validate
+    from medreason_jax.plan import make_plan, plan_table
+
+    stage = validate(TrainConfig, load_yaml(config, set_ or []), str(config))
+    found = make_plan(stage, devices, model)
+    print(json.dumps(found.record()) if json_ else plan_table(found))
+    if not found.fits:
+        raise SystemExit(1)
 
 
 @app.command()
@@ -222,6 +261,14 @@ def doctor(
     print(json.dumps(records) if json_ else table(records))
     if any(entry["ok"] is False for entry in records):
         raise SystemExit(1)
+
+
+def alone(what: str) -> None:
+    """Refuse to do by several processes what one has to do."""
+    import jax
+
+    if jax.process_count() > 1:
+        raise ValueError(f"{what} is one process; start it without a launcher, on one host")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +15,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 M = TypeVar("M", bound=BaseModel)
 Positive = Annotated[int, Field(ge=1)]
+MomentType = Literal["float32", "bfloat16"]
 
 
 class Strict(BaseModel):
@@ -50,6 +51,32 @@ class RateRule(Strict):
         return self
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraOverride(Strict):
+    rank: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+
+
+class LoraConfig(Strict):
+    """Adapters on `targets`, trained over the frozen model; `overrides` for single ones."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection))
+    overrides: dict[Projection, LoraOverride] = {}
+
+    @model_validator(mode="after")
+    def _known_overrides(self):
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets={self.targets} names one twice")
+        extra = sorted(set(self.overrides) - set(self.targets))
+        if extra:
+            raise ValueError(f"overrides of {extra[0]!r}, which is none of targets={self.targets}")
+        return self
+
+
 class OptimizerConfig(Strict):
     """AdamW; of `rates` the first rule that fits a parameter decides, 1 where none does."""
 
@@ -59,17 +86,52 @@ class OptimizerConfig(Strict):
     final_ratio: Share = 0.0
     b1: Share = 0.9
     b2: Share = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    mu_dtype: MomentType = "float32"
+    nu_dtype: MomentType = "float32"
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     rates: list[RateRule] = []
 
+    @model_validator(mode="after")
+    def _second_moment_moves(self):
+        if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
+            raise ValueError(
+                f"nu_dtype=bfloat16 holds 8 bits, too few for b2={self.b2}: its steps would be "
+                "lost; set b2 to at most 0.99, or nu_dtype=float32"
+            )
+        return self
+
 
 class SourceConfig(Strict):
-    """Records of a file; `weight` is its share of the rows when there are several."""
+    """Records of a file or folder; `weight` is its share of the rows when there are several."""
 
     path: Path
     kind: Literal["text", "sft", "preference"]
     weight: Annotated[float, Field(gt=0)] = 1.0
+    hub: bool = False  # `path` is a name for `datasets.load_dataset`
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] = {}  # {our field: the data set's}
+    reset: bool = True  # attention and positions restart at each document
+
+    @model_validator(mode="after")
+    def _takes_effect(self):
+        if not self.hub and (self.subset is not None or self.revision is not None):
+            raise ValueError(
+                f"subset={self.subset}, revision={self.revision} go with hub: true, of a name"
+            )
+        if not self.reset and self.kind != "text":
+            raise ValueError(f"reset: false is for kind text; this is kind {self.kind}")
+        return self
+
+
+class ProfileConfig(Strict):
+    """A profiler trace of some steps."""
+
+    first_step: Positive = 10
+    steps: Positive = 3
 
 
 class RunConfig(Strict):
@@ -87,7 +149,12 @@ class RunConfig(Strict):
     length: Positive
     accumulation: Positive = 1
     checkpoint_every: Positive = 100
+    keep_last: Positive = 2
+    keep_every: Positive | None = None  # of the saved steps, those that it divides
+    accept_changes: list[str] = []  # fields that may differ from the run's so far; "data" too
+    profile: ProfileConfig | None = None
     optimizer: OptimizerConfig
+    lora: LoraConfig | None = None
 
 
 class PreferenceConfig(Strict):
@@ -96,6 +163,31 @@ class PreferenceConfig(Strict):
     beta: Annotated[float, Field(gt=0)] = 0.1
     alpha: Annotated[float, Field(ge=0)] = 1.0
     pairs_per_row: Positive = 4
+
+
+class HeldOutConfig(Strict):
+    """Records whose loss is measured every so many steps; the best state by it is kept."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    every: Positive = 100
+
+    @model_validator(mode="after")
+    def _names(self):
+        names = [source.path.stem for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"held_out.sources: two have the same name, of {names}")
+        if any(source.weight != 1.0 or source.kind == "preference" for source in self.sources):
+            raise ValueError("held_out.sources: kind text or sft, and no weight: all are measured")
+        return self
+
+
+class SamplesConfig(Strict):
+    """Greedy answers to the first prompts of a file (lines as `medreason generate` takes them)."""
+
+    prompts: Path
+    every: Positive = 100
+    count: Positive = 4
+    max_new_tokens: Positive = 256
 
 
 class TrainConfig(RunConfig):
@@ -107,11 +199,16 @@ class TrainConfig(RunConfig):
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     preference: PreferenceConfig | None = None  # of kind prefer, and only of it
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    held_out: HeldOutConfig | None = None
+    samples: SamplesConfig | None = None
 
     @model_validator(mode="after")
     def _fitting_options(self):
         if (self.preference is not None) != (self.kind == "prefer"):
             raise ValueError(f"preference goes with kind prefer; this is kind {self.kind}")
+        if self.z_loss > 0 and self.kind == "prefer":
+            raise ValueError(f"z_loss={self.z_loss} is for cpt and sft; this is kind {self.kind}")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"give steps or epochs, not both: steps={self.steps}, epochs={self.epochs}"
@@ -432,19 +529,39 @@ def save_yaml(config: BaseModel, path: Path) -> None:
 # Where and how fast a run goes may change between its attempts; what it computes may not.
 FREE = {
     *("folder", "mesh", "attention", "remat", "unroll", "head_chunk", "checkpoint_every"),
-    "slots",
+    *("keep_last", "keep_every", "accept_changes", "profile", "samples", "slots"),
 }
 
 
-def check_unchanged(config: BaseModel, path: Path) -> None:
-    """Refuse to go on in a folder that another config (`path`) began."""
+def without_weights(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_weights(item) for item in value]
+    if isinstance(value, dict):
+        return {name: item for name, item in value.items() if name != "weight"}
+    return value
+
+
+def check_unchanged(config: BaseModel, path: Path, accepted: list[str]) -> None:
+    """Refuse to go on in a folder that another config (`path`) began, but for `accepted` fields.
+
+    The weights of a mixture's sources may change: the data schedule keeps both.
+    """
     if not path.is_file():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     now = json.loads(config.model_dump_json())
-    changed = sorted(name for name in now if name not in FREE and before.get(name) != now[name])
+    unknown = sorted(set(accepted) - set(now) - {"data"})
+    if unknown:
+        raise ValueError(f"accept_changes names {unknown[0]!r}; allowed: data, {sorted(now)}")
+    free = FREE | set(accepted)
+    changed = sorted(
+        name
+        for name in now
+        if name not in free and without_weights(before.get(name)) != without_weights(now[name])
+    )
     if changed:
         raise ValueError(
             f"{path.parent} was begun with {changed[0]}={before.get(changed[0])!r}, now "
-            f"{now[changed[0]]!r}; choose another folder or name, or remove this one"
+            f"{now[changed[0]]!r}; choose another folder or name, remove this one, or "
+            f"accept_changes: [{changed[0]}]"
         )

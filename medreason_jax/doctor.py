@@ -25,7 +25,9 @@ HOST, SECONDS = "huggingface.co", 2.0
 
 def examine(folder: Path) -> list[dict[str, Any]]:
     """One record a check: {check, found, ok, note}; ok is None where nothing can be wrong."""
-    return [*_versions(), *_machine(folder), *_devices(), *_kernels(), _network()]
+    devices = _devices()
+    kernels = [] if devices[0]["ok"] is False else _kernels()
+    return [*_versions(), *_machine(folder), *devices, *kernels, _network()]
 
 
 def record(check: str, found: str, ok: bool | None = None, note: str = "") -> dict[str, Any]:
@@ -59,7 +61,10 @@ def _machine(folder: Path) -> list[dict[str, Any]]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as failure:
+        return [record("devices", "none", False, str(failure).split("\n")[0][:200])]
     found = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     note = "" if devices[0].platform != "cpu" else "no accelerator: extras gpu and tpu add one"
     processes = record("processes", str(jax.process_count()))
@@ -83,7 +88,12 @@ def _kernel(name: KernelName, target: str, head_dim: int, dtype, shards) -> dict
         kernel = choose_kernel(name, target, head_dim, shards)
     except ValueError as error:
         return record(check, "not for this platform", None, str(error))
-    error = self_test(kernel, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    precision = "highest" if dtype == jnp.float32 else None  # as models are run
+    try:
+        with jax.default_matmul_precision(precision):
+            error = self_test(kernel, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    except Exception as failure:  # the compiler's own errors: what the command is there to show
+        return record(check, "does not run", False, str(failure).split("\n")[0][:200])
     chosen = choose_kernel("auto", target, head_dim, shards)
     notes = ["attention: auto takes it" if chosen.name == name else None, kernel.note]
     note = "; ".join(filter(None, notes))

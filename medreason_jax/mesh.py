@@ -62,9 +62,12 @@ def start_processes(folder: Path | None = None) -> None:
         )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A data x fsdp x tensor mesh over all devices of all processes; data=-1 takes the rest."""
-    found = jax.device_count()
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+    """A data x fsdp x tensor mesh over `devices`, all of all processes where none are given.
+
+    data=-1 takes the rest.
+    """
+    found = jax.device_count() if devices is None else len(devices)
     if data == -1:
         data = max(found // (fsdp * tensor), 1)
     if data * fsdp * tensor != found:
@@ -72,11 +75,16 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} "
             f"devices, found {found}; set the three so that their product is {found}"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    shape, types = (data, fsdp, tensor), (AxisType.Auto,) * 3
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def tensor_parts(mesh: Mesh) -> int:
+    return mesh.shape["tensor"]
 
 
 def check_rows(mesh: Mesh, name: str, rows: int, accumulation: int) -> None:
@@ -99,10 +107,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def path_name(path) -> str:
     """`layers.self_attn.q_proj.kernel` for a key path of a tree."""
-    return ".".join(
-        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
-        for part in path
-    )
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def is_stacked(path: str) -> bool:
@@ -169,18 +174,18 @@ class TokenShards:
 
     vocabulary_axis = "tensor"
     tokens = PartitionSpec(BATCH)
-    vocabulary = PartitionSpec("tensor")  # of [V, D]: gathered over fsdp
-    vocabulary_gradient = PartitionSpec("tensor", "fsdp")
+    vocabulary = PartitionSpec(None, "tensor")  # of [D, V]: gathered over fsdp
+    vocabulary_gradient = PartitionSpec("fsdp", "tensor")
 
     def map(self, function: Callable, in_specs, out_specs) -> Callable:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def reduce_gradient(self, dW_VD: jax.Array) -> jax.Array:
-        """Sum over all tokens of a device's [V, D] part, left as `vocabulary_gradient` says."""
-        dW_VD = jax.lax.psum(dW_VD, "data")
-        return jax.lax.psum_scatter(dW_VD, "fsdp", scatter_dimension=1, tiled=True)
+    def reduce_gradient(self, dW_DV: jax.Array) -> jax.Array:
+        """Sum over all tokens of a device's [D, V] part, left as `vocabulary_gradient` says."""
+        dW_DV = jax.lax.psum_scatter(dW_DV, "fsdp", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(dW_DV, "data")
 
 
 @struct.dataclass

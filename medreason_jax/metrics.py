@@ -21,12 +21,13 @@ class MetricLog:
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: dict[str, Any], pace: dict[str, Any]) -> None:
+        """`values` go into the file and TensorBoard, `pace` (seconds and such) into the second."""
         if self.file is None or self.board is None:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
+        for name, value in {**values, **pace}.items():
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -20,19 +20,22 @@ def model_card(source: Path, title: str, note: str = "") -> str:
     if stages:
         lines += ["| stage | steps | recipe (sha256) | data |", "|---|---:|---|---|"]
         lines += [stage_row(folder, manifest) for folder, manifest in stages]
+        first, manifest = stages[0]
+        if "parent" in manifest:
+            lines += ["", f"Before `{first.name}`: {manifest['parent']}, not a stage of this run."]
     return "\n".join([*lines, ""])
 
 
 def lineage(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, manifest) of every stage that led to the model in `source`, the first one first."""
     stages: list[tuple[Path, dict[str, Any]]] = []
-    folder, seen = source, set()
+    folder, seen = source.resolve(), set()
     while folder not in seen and (manifest := read_manifest(folder)) is not None:
         seen.add(folder)
         stages.append((folder, manifest))
         if "parent" not in manifest:
             break
-        folder = Path(manifest["parent"])
+        folder = (folder / manifest["parent"]).resolve()
     return stages[::-1]
 
 

@@ -52,7 +52,8 @@ from medreason_jax.qwen2.model import init_params
 from medreason_jax.qwen2.sizes import read_config_file, read_sizes
 from medreason_jax.report import write_report
 from medreason_jax.rl.loop import ppo_stage
-from medreason_jax.train.run import progress_bar, train_stage
+from medreason_jax.train.run import progress_bar
+from medreason_jax.train.stage import train_stage
 
 
 def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
@@ -139,7 +140,7 @@ SHAPED = {
 def keep_recipe(recipe: RecipeConfig, root: Path, configs: list[TrainConfig | PPOConfig]) -> None:
     """Save the resolved recipe; a change that a finished step contradicts is refused."""
     for config in configs:
-        check_unchanged(config, config.folder / "config.yaml")
+        check_unchanged(config, config.folder / "config.yaml", config.accept_changes)
     path = root / "recipe.resolved.yaml"
     if path.is_file():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -458,7 +459,6 @@ def export_stage(recipe: RecipeConfig, root: Path, last: str) -> dict[str, Any]:
         card=model_card(root / last, recipe.name, card_note(recipe)),
         prompts=prompts,
         max_new_tokens=min(recipe.evaluation.max_new_tokens, 128),
-        mesh=recipe.mesh,
     )
     seconds = round(time.monotonic() - start, 1)
     manifest = {"kind": "export", "model": str(folder), "parity": gate, "seconds": seconds}

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -74,10 +75,15 @@ def stored_chunks(folder: Path) -> dict[str, tuple[list[int], int]]:
     found = {}
     for key in files.list().result():
         path, _, name = key.decode().rpartition("/")
-        if name == ".zarray":
-            header = json.loads(files[key])
-            size = np.dtype(header["dtype"]).itemsize
-            found[path] = (header["chunks"], size * int(np.prod(header["chunks"])))
+        header = json.loads(files[key]) if name in (".zarray", "zarr.json") else {}
+        if "chunks" in header:  # zarr 2
+            chunk, size = header["chunks"], np.dtype(header["dtype"]).itemsize
+        elif "chunk_grid" in header:  # zarr 3
+            chunk = header["chunk_grid"]["configuration"]["chunk_shape"]
+            size = np.dtype(header["data_type"]).itemsize
+        else:
+            continue
+        found[path] = (chunk, size * int(np.prod(chunk)))
     return found
 
 
@@ -111,10 +117,73 @@ def test_no_chunk_of_a_train_state_spans_two_layers_or_passes_the_limit(
 
     checkpoints = StateCheckpoints(tmp_path)
     target = abstract_like(state, jax.tree.map(lambda x: x.sharding, state))
-    restored, facts = checkpoints.restore(3, target)
+    restored = checkpoints.restore_latest(target)
     checkpoints.close()
-    assert facts == {"seconds": 1.5}
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert restored is not None
+    step, found, facts = restored
+    assert (step, facts) == (3, {"seconds": 1.5})
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (4, 1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("saved", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+def test_a_state_is_restored_on_another_mesh_and_in_another_type(
+    shape, saved, wanted, small_chunks, tmp_path: Path
+):
+    params = jax.device_put(make_params(), make_shardings(make_mesh(2, 2, 2)))
+    moments = jax.tree.map(lambda x: x.astype(saved), params)
+    save = StateCheckpoints(tmp_path)
+    save.save(1, {"params": params, "mu": moments}, {})
+    save.close()
+    shardings = make_shardings(Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), AXES))
+    target = {
+        "params": abstract_like(params, shardings),
+        "mu": jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, wanted, sharding=s), params, shardings
+        ),
+    }
+    checkpoints = StateCheckpoints(tmp_path)
+    restored = checkpoints.restore_latest(target)
+    checkpoints.close()
+    assert restored is not None
+    jax.tree.map(np.testing.assert_array_equal, restored[1]["params"], params)
+    cast = jax.tree.map(lambda x: x.astype(wanted), moments)
+    jax.tree.map(np.testing.assert_array_equal, restored[1]["mu"], cast)
+    found = jax.tree.map(lambda x: (x.dtype, x.sharding), restored[1])
+    assert found == jax.tree.map(lambda x: (x.dtype, x.sharding), target)
+
+
+def bytes_read() -> int:
+    """Of every read of this process so far, from the page cache or the disk."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+@pytest.mark.parametrize("kind", ["state", "params"])
+def test_one_layer_of_24_reads_little_more_than_its_bytes(kind: str, tmp_path: Path):
+    shapes = {"q_proj": (24, 256, 256), "up_proj": (24, 256, 1024), "norm": (24, 256)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    tree = {"layers": layers, "embed": jax.random.normal(keys[0], (4096, 256))}
+    if kind == "state":
+        checkpoints = StateCheckpoints(tmp_path)
+        checkpoints.save(1, {"params": tree, "mu": tree}, {})
+        checkpoints.close()
+        folder, prefix = tmp_path / "1" / "state", "params."
+    else:
+        folder, prefix = tmp_path / "params", ""
+        save_params(folder, tree)
+    before = bytes_read()
+    reader = ParamReader(folder)
+    layer = {name: reader.read(f"{prefix}layers.{name}", layer=17) for name in shapes}
+    read = bytes_read() - before
+    for name, array in layer.items():
+        np.testing.assert_array_equal(array, layers[name][17])
+    size = sum(array.nbytes for array in layer.values())
+    assert 0.8 * size < read <= 1.5 * size, f"{read} bytes read for a layer of {size}"
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["sharded", "replicated"])

@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import pytest
 
 from medreason_jax import doctor
 from medreason_jax.cli import run_arguments
@@ -27,6 +28,16 @@ def test_a_wrong_kernel_fails_the_command(monkeypatch, capsys, tmp_path):
 
     wrong = Kernel("xla", drops_segments)
     monkeypatch.setattr(doctor, "choose_kernel", lambda *arguments: wrong)
-    records = [r for r in doctor._kernels() if "xla" in r["check"]]
-    assert records and not any(r["ok"] for r in records)
-    assert "FAILS" in doctor.table(records)
+    monkeypatch.setattr(doctor, "HOST", "localhost.invalid")
+    with pytest.raises(SystemExit, match="1"):
+        run_arguments(["doctor", str(tmp_path)])
+    assert "FAILS" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(monkeypatch):
+    def broken(q, k, v, queries, keys):
+        raise NotImplementedError("no such instruction\nand more")
+
+    monkeypatch.setattr(doctor, "choose_kernel", lambda *arguments: Kernel("xla", broken))
+    records = doctor._kernels()
+    assert all(r["ok"] is False and r["note"] == "no such instruction" for r in records)

@@ -16,7 +16,7 @@ from medreason_jax.qwen2.load import load_model
 
 torch = pytest.importorskip("torch", reason="the export extra (torch, transformers) is missing")
 
-from tests.reference.models import rough_reference  # noqa: E402
+from tests.reference.models import in_type, rough_reference  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {
@@ -28,7 +28,7 @@ FIELDS = {
 
 
 def test_two_processes_read_half_each_and_write_one_checkpoint(tmp_path):
-    rough_reference(FIELDS).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    in_type(rough_reference(FIELDS), torch.bfloat16).save_pretrained(tmp_path / "hf")
     train_tokenizer(["Velotan is given 2 times a day."] * 20, 320, "", tmp_path / "tokenizer")
     ChatTokenizer(tmp_path / "tokenizer").save(tmp_path / "hf")
     launch = [sys.executable, str(ROOT / "launch/local"), "--devices-per-process", "2", "-n", "2"]

@@ -7,7 +7,7 @@ from medreason_jax.model_card import model_card
 
 def stage(folder, kind, parent, **facts):
     folder.mkdir()
-    values = {"kind": kind, "model": "model", "parent": str(parent), "steps": 3, **facts}
+    values = {"kind": kind, "model": "model", "parent": f"../{parent.name}", "steps": 3, **facts}
     (folder / "manifest.json").write_text(json.dumps(values))
     (folder / "config.yaml").write_text(f"kind: {kind}\n")
 

@@ -1,6 +1,8 @@
 """A tiny Qwen2.5 with rough weights: default ones would hide errors of biases and norm gains."""
 
+import json
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from medreason_jax.qwen2.model import Compute, init_params, make_network
 from medreason_jax.qwen2.sizes import read_sizes
 from medreason_jax.train.objectives import Scorer
 
+MODELS = Path(__file__).parents[1] / "configs/models"
 FIELDS = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -25,6 +28,11 @@ FIELDS = {
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
 }
+
+
+def model_fields(name: str, **changes) -> dict:
+    """Fields of one of the published configs, such as "qwen2.5-7b", with changes."""
+    return json.loads((MODELS / f"{name}.json").read_text()) | changes
 
 
 def rough_params(sizes, seed=0):
@@ -50,12 +58,12 @@ def some_mesh(shape):
     )
 
 
-def tiny_compute(sizes, mesh, **options) -> Compute:
-    """float32 with full-precision products."""
+def tiny_compute(sizes, mesh, dtype=jnp.float32, **options) -> Compute:
+    """float32 has full-precision products."""
     jax.config.update("jax_default_matmul_precision", "highest")
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
     kernel = choose_kernel("xla", "cpu", sizes.head_dim, HeadShards(mesh))
-    return Compute(jnp.float32, kernel, sharder, **options)
+    return Compute(dtype, kernel, sharder, **options)
 
 
 def tiny_model(mesh_shape=(1, 1, 1), seed=0, *, options=None, **fields):

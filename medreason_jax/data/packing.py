@@ -1,11 +1,15 @@
 """Items into rows of a fixed length: first-fit, segment ids from 1, positions that restart.
 
+Items are taken in the order of `random.Random(seed).shuffle`. Each goes into the first of the open
+rows that has room for it, or into a new row; of more than OPEN_ROWS the fullest is closed. Rows
+stand in the order in which they were opened.
+
 T row length. Arrays of a row: tokens, targets (the next token of the same item), weights (1 where
-the target counts), segments (0 is padding), positions.
+the target counts), segments (0 is padding), positions. An item's first token is never a target.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -36,8 +40,8 @@ def first_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int
     return rows
 
 
-def make_row(items: Sequence[Encoded], length: int, pad_id: int) -> Row:
-    """One packed row; an item's last token predicts nothing."""
+def make_row(items: Sequence[Encoded], length: int, pad_id: int, *, reset: bool = True) -> Row:
+    """One packed row; without `reset` its items are one segment, with the same targets."""
     row: Row = {
         "tokens": np.full(length, pad_id, np.int32),
         "targets": np.full(length, pad_id, np.int32),
@@ -51,34 +55,42 @@ def make_row(items: Sequence[Encoded], length: int, pad_id: int) -> Row:
         row["tokens"][at : at + n] = item.ids
         row["targets"][at : at + n - 1] = item.ids[1:]
         row["weights"][at : at + n - 1] = item.is_target[1:]
-        row["segments"][at : at + n] = number
-        row["positions"][at : at + n] = np.arange(n)
+        row["segments"][at : at + n] = number if reset else 1
+        row["positions"][at : at + n] = np.arange(n) if reset else np.arange(at, at + n)
         at += n
     return row
 
 
-def pack_items(items: Sequence[Encoded], length: int, pad_id: int, seed: int) -> list[Row]:
+def pack_items(
+    items: Sequence[Encoded], length: int, pad_id: int, seed: int, *, reset: bool = True
+) -> Iterator[Row]:
     """Rows that hold every item exactly once; each item is at most `length` long."""
-    rows = first_fit([len(item.ids) for item in items], length, seed)
-    return [make_row([items[i] for i in row], length, pad_id) for row in rows]
+    for row in first_fit([len(item.ids) for item in items], length, seed):
+        yield make_row([items[i] for i in row], length, pad_id, reset=reset)
 
 
 def pack_pairs(
-    pairs: Sequence[tuple[Encoded, Encoded]], length: int, pad_id: int, per_row: int, seed: int
-) -> list[Row]:
-    """Rows of whole pairs: segment 2p+1 chosen, 2p+2 rejected; pairs [per_row] is 1 if present."""
-    bins = first_fit([len(c.ids) + len(r.ids) for c, r in pairs], length, seed)
+    items: Sequence[Encoded], length: int, pad_id: int, per_row: int, seed: int
+) -> Iterator[Row]:
+    """Rows of whole pairs, items 2p (chosen) and 2p+1 (rejected).
+
+    In a row, segment 2p+1 is chosen and 2p+2 rejected; pairs [per_row] is 1 if present.
+    """
+    sizes = [len(item.ids) for item in items]
+    bins = first_fit([c + r for c, r in zip(sizes[::2], sizes[1::2], strict=True)], length, seed)
     full = [row[i : i + per_row] for row in bins for i in range(0, len(row), per_row)]
-    rows = []
     for numbers in full:
-        row = make_row([item for n in numbers for item in pairs[n]], length, pad_id)
+        pairs = [items[i] for n in numbers for i in (2 * n, 2 * n + 1)]
+        row = make_row(pairs, length, pad_id)
         row["pairs"] = (np.arange(per_row) < len(numbers)).astype(np.float32)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def split_document(item: Encoded, length: int) -> list[Encoded]:
-    """A document in pieces of `length`; each repeats the last token of the one before."""
+    """A document in pieces of `length`; each repeats the last token of the one before.
+
+    The repeated token is the first of its piece, which is no target: every token counts once.
+    """
     if len(item.ids) <= length:
         return [item]
     starts = range(0, len(item.ids) - 1, length - 1)

@@ -22,7 +22,7 @@ PREFIX = {"answer_only": ANSWER_ONLY, "explain": ""}
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Ask, judge and score; writes predictions.jsonl, then the manifest that ends the step."""
     start_processes(config.folder)
-    check_unchanged(config, config.folder / "config.yaml")
+    check_unchanged(config, config.folder / "config.yaml", [])
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished

@@ -1,29 +1,21 @@
 """A model folder to a Hugging Face folder, tensor by tensor, through the parity gate."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from medreason_jax.config import MeshConfig
 from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.manifest import write_json
-from medreason_jax.qwen2.folder import Description, ModelFolder, check_new, write_model_files
+from medreason_jax.qwen2.folder import Description, ModelFolder, new_folder, write_model_files
 from medreason_jax.qwen2.huggingface import is_transposed, named_tensors
-from medreason_jax.qwen2.parity import GateMode, adapter_gate, parity_gate
+from medreason_jax.qwen2.parity import GateMode, adapter_gate, parity_gate, require_reference
 from medreason_jax.qwen2.peft import write_peft
 from medreason_jax.qwen2.sizes import WeightsDtype
-from medreason_jax.qwen2.tensor_files import DTYPES, Tensor, write_tensor_files
+from medreason_jax.qwen2.tensor_files import STORED, Tensor, write_tensor_files
 
 PARITY = "parity.json"
-STORED: dict[WeightsDtype, np.dtype] = {
-    "float32": DTYPES["F32"],
-    "bfloat16": DTYPES["BF16"],
-    "float16": DTYPES["F16"],
-}
 
 
 def export_model(
@@ -35,7 +27,6 @@ def export_model(
     max_new_tokens: int = 64,
     dtype: WeightsDtype | None = None,
     gate: Literal["auto"] | GateMode = "auto",
-    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Write `target`, compare it with `transformers`, and only then let it appear.
 
@@ -44,21 +35,20 @@ def export_model(
     finds a difference the folder keeps its name `….partial`. Needs memory for two tensors, and for
     what the gate's mode needs.
     """
-    check_new(target)
+    require_reference()
     model = ModelFolder(source)
-    description = model.description.replace(dtype=dtype or model.description.dtype)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensor_files(partial, planned_tensors(model, description))
-    write_model_files(partial, description, model.tokenizer)
-    if description.score is None:
-        write_json(partial / "generation_config.json", generation_fields(model.tokenizer))
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    description = model.description
+    if dtype is not None:
+        description = description.replace(dtype=dtype)
     prompts = default_prompts(model.tokenizer) if prompts is None else prompts
-    facts = parity_gate(partial, source, description, prompts, max_new_tokens, gate, mesh)
-    write_json(partial / PARITY, facts)
-    os.replace(partial, target)
+    with new_folder(target) as folder:
+        write_tensor_files(folder, planned_tensors(model, description))
+        write_model_files(folder, description, model.tokenizer)
+        if description.score is None:
+            write_json(folder / "generation_config.json", generation_fields(model.tokenizer))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        facts = parity_gate(folder, model, description, prompts, max_new_tokens, gate)
+        write_json(folder / PARITY, facts)
     return facts
 
 
@@ -102,7 +92,7 @@ def export_adapter(source: Path, target: Path, base: Path | None, *, card: str) 
     `base` is the Hugging Face folder that `peft` loads it on; not needed where the adapter's own
     base is one.
     """
-    check_new(target)
+    require_reference("peft")
     adapter = ModelFolder(source)
     assert adapter.base is not None
     if base is None:
@@ -112,12 +102,9 @@ def export_adapter(source: Path, target: Path, base: Path | None, *, card: str) 
                 "load; export it (medreason export BASE OUT) and give --base OUT"
             )
         base = adapter.base.folder
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_peft(partial, adapter, str(base))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    facts = adapter_gate(partial, base, source, default_prompts(adapter.tokenizer))
-    write_json(partial / PARITY, facts)
-    os.replace(partial, target)
+    with new_folder(target) as folder:
+        write_peft(folder, adapter, str(base))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        facts = adapter_gate(folder, base, adapter, default_prompts(adapter.tokenizer))
+        write_json(folder / PARITY, facts)
     return facts

@@ -5,13 +5,17 @@ Ours holds `config.json`, the tokenizer and `params/` (Orbax); an adapter of our
 in place of `params/`.
 """
 
+import hashlib
 import json
+import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import struct
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medreason_jax.checkpoint import ParamReader, save_params
 from medreason_jax.data.chat import ChatTokenizer
@@ -31,6 +35,7 @@ from medreason_jax.qwen2.sizes import (
 )
 
 PARAMS, ADAPTER, ADAPTER_FILE = "params", "adapter", "adapter.json"
+UNFINISHED = ".unfinished"  # marks a folder that an export has begun
 
 
 @struct.dataclass
@@ -58,42 +63,82 @@ def read_description(path: Path) -> Description:
     return Description(read_sizes(fields), architecture, labels, weights_dtype(fields))
 
 
+class AdapterTarget(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    projection: str
+    rank: int
+    alpha: float
+
+
+class AdapterFile(BaseModel):
+    """`adapter.json`: where the base is, from the adapter's folder, and which one it has to be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    base: str
+    fingerprint: str
+    targets: list[AdapterTarget]
+
+
 class ModelFolder:
-    """A model or stage folder; `read` gives its parameters one layer at a time, adapter added."""
+    """A model or stage folder; `read` gives its parameters one layer at a time, adapter added.
+
+    The base of an adapter may have an adapter itself: a later stage's over an earlier one's.
+    """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise FileNotFoundError(f"model={folder} does not exist; give a model or stage folder")
+            raise FileNotFoundError(f"model={folder} is no folder; give a model or stage folder")
         self.folder = model_folder(folder)
         self.base: ModelFolder | None = None
         self.lora: Lora | None = None
         if (self.folder / ADAPTER_FILE).is_file():
             self._open_adapter()
-            return
+        else:
+            self._open_model()
+
+    def _open_model(self) -> None:
         self.description = read_description(self.folder / "config.json")
         self.tokenizer = ChatTokenizer(self.folder)
         sizes = self.description.sizes
         if self.tokenizer.vocab_size > sizes.vocab_size:
             raise ValueError(
-                f"{self.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model's "
+                f"{self.folder}: the tokenizer needs {self.tokenizer.vocab_size} ids, the model's "
                 f"vocab_size is {sizes.vocab_size}; they do not belong together"
             )
         self.abstract = abstract_params(sizes, score=self.description.score)
         self.is_ours = (self.folder / PARAMS).is_dir()
-        self._reader = (
-            ParamReader(self.folder / PARAMS)
-            if self.is_ours
-            else HuggingFaceParams(self.folder, self.abstract)
-        )
+        if self.is_ours:
+            self._reader = ParamReader(self.folder / PARAMS)
+            _check_leaves(self._reader, self.abstract, self.folder)
+        else:
+            self._reader = HuggingFaceParams(self.folder, self.abstract)
+            # What the file says of its weights' type need not be so.
+            dtype = self._reader.files.common_dtype().name
+            self.description = self.description.replace(dtype=dtype)
 
     def _open_adapter(self) -> None:
-        values = json.loads((self.folder / ADAPTER_FILE).read_text(encoding="utf-8"))
-        base = ModelFolder(Path(values["base"]))
-        if base.lora is not None:
-            raise ValueError(f"{self.folder}: its base {base.folder} is an adapter itself")
+        path = self.folder / ADAPTER_FILE
+        try:
+            values = AdapterFile.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path}: {where}: {first['msg']}") from None
+        place = self.folder / values.base
+        if not place.is_dir():
+            raise FileNotFoundError(
+                f"{path}: base={values.base!r} is not at {place.resolve()}; move it back, or edit "
+                "base"
+            )
+        base = ModelFolder(place)
+        if fingerprint(base) != values.fingerprint:
+            raise ValueError(
+                f"{path}: base={values.base!r} is another model than the adapter was trained on; "
+                "edit base to name the right one"
+            )
         self.base, self.description, self.tokenizer = base, base.description, base.tokenizer
         self.abstract, self.is_ours = base.abstract, True
-        self.lora = Lora(tuple(Target(**target) for target in values["targets"]))
+        self.lora = Lora(tuple(Target(t.projection, t.rank, t.alpha) for t in values.targets))
         self._reader = ParamReader(self.folder / ADAPTER)
 
     def read(self, path: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
@@ -111,6 +156,10 @@ class ModelFolder:
     def read_adapter(self, path: str, layer: int) -> np.ndarray:
         assert self.lora is not None
         return self._reader.read(path, layer)
+
+    def adapter_shape(self, path: str) -> tuple[int, ...]:
+        assert isinstance(self._reader, ParamReader) and self.lora is not None
+        return self._reader.leaves[path][0]
 
 
 def save_model(
@@ -138,14 +187,59 @@ def write_model_files(folder: Path, description: Description, tokenizer: ChatTok
 
 
 def save_adapter(folder: Path, adapter: Params, lora: Lora, base: Path) -> None:
-    """An adapter folder of our own kind; `adapter/` comes last and whole."""
+    """An adapter folder of our own kind; `adapter/` comes last and whole.
+
+    The base is named by its way from `folder`, so that a run's folder can be moved.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    targets: list[dict[str, Any]] = [
-        {"projection": t.projection, "rank": t.rank, "alpha": t.alpha} for t in lora.targets
-    ]
     if jax.process_index() == 0:
-        write_json(folder / ADAPTER_FILE, {"base": str(base.absolute()), "targets": targets})
+        targets = [
+            AdapterTarget(projection=t.projection, rank=t.rank, alpha=t.alpha) for t in lora.targets
+        ]
+        way = os.path.relpath(base.resolve(), folder.resolve())
+        values = AdapterFile(base=way, fingerprint=fingerprint(ModelFolder(base)), targets=targets)
+        write_json(folder / ADAPTER_FILE, values.model_dump())
     save_params(folder / ADAPTER, adapter)
+
+
+def fingerprint(model: ModelFolder) -> str:
+    """Of the sizes, some embeddings and the first layer's query projection."""
+    digest = hashlib.sha256(repr(model.description.sizes).encode())
+    for part in (
+        model.read("embed_tokens.embedding", None, slice(0, 64)),
+        model.read("layers.self_attn.q_proj.kernel", 0),
+    ):
+        digest.update(np.ascontiguousarray(part, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_leaves(reader: ParamReader, abstract: Params, folder: Path) -> None:
+    expected = {path: tuple(leaf.shape) for path, leaf in leaves(abstract)}
+    found = {path: shape for path, (shape, _) in reader.leaves.items()}
+    wrong = sorted(path for path in expected | found if expected.get(path) != found.get(path))
+    if wrong:
+        raise ValueError(
+            f"{folder}: {len(wrong)} parameters do not fit config.json; {wrong[0]} has shape "
+            f"{found.get(wrong[0])}, needed is {expected.get(wrong[0])}"
+        )
+
+
+@contextmanager
+def new_folder(target: Path):
+    """A folder that appears as `target` when the block ends well; else it stays as TARGET.partial.
+
+    Nothing that exists is overwritten, but what an earlier attempt left.
+    """
+    check_new(target)
+    partial = target.with_name(f"{target.name}.partial")
+    if (partial / UNFINISHED).is_file():
+        shutil.rmtree(partial)
+    check_new(partial)
+    partial.mkdir(parents=True)
+    (partial / UNFINISHED).touch()
+    yield partial
+    (partial / UNFINISHED).unlink()
+    os.replace(partial, target)
 
 
 def check_new(folder: Path) -> None:

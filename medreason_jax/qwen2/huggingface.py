@@ -16,6 +16,9 @@ from medreason_jax.mesh import is_stacked, path_name, row_sharding
 from medreason_jax.qwen2.model import Params
 from medreason_jax.qwen2.tensor_files import TensorFiles
 
+HEAD = "lm_head.weight"
+COMPARED_ROWS = 16_384
+
 
 def tensor_name(path: str, layer: int | None) -> str:
     """`transformers`' name of one of our parameters, of one layer where they are stacked."""
@@ -55,10 +58,9 @@ def check_tensors(files: TensorFiles, abstract: Params) -> None:
     missing = [name for name in expected if name not in files.where]
     if missing:
         raise ValueError(f"{files.path} lacks {len(missing)} tensors: {missing[:3]}")
-    # Some folders store a tied head a second time.
-    tied = {"lm_head.weight"} if not {"lm_head", "score"} & set(abstract) else set()
-    unexpected = sorted(set(files.where) - set(expected) - tied)
-    if unexpected:
+    unexpected = sorted(set(files.where) - set(expected))
+    has_tied_copy = unexpected == [HEAD] and "score" not in abstract
+    if unexpected and not has_tied_copy:
         raise ValueError(
             f"{files.path} holds {len(unexpected)} unexpected tensors: {unexpected[:3]}"
         )
@@ -70,6 +72,22 @@ def check_tensors(files: TensorFiles, abstract: Params) -> None:
         )
     for name in expected:
         files.dtype(name)
+    if has_tied_copy:
+        _check_tied_head(files)
+
+
+def _check_tied_head(files: TensorFiles) -> None:
+    """Some folders store a tied head a second time; one of its own would change the model."""
+    embedding = tensor_name("embed_tokens.embedding", None)
+    same = files.shape(HEAD) == files.shape(embedding)
+    for first in range(0, files.shape(embedding)[0] if same else 0, COMPARED_ROWS):
+        rows = slice(first, first + COMPARED_ROWS)
+        same = same and np.array_equal(files.read(HEAD, rows), files.read(embedding, rows))
+    if not same:
+        raise ValueError(
+            f"{files.path}: tie_word_embeddings=true, but {HEAD} differs from {embedding}; set "
+            "tie_word_embeddings to false"
+        )
 
 
 def import_params(

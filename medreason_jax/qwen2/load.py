@@ -1,7 +1,7 @@
 """A model folder opened on a mesh."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,14 @@ from medreason_jax.qwen2.attention import KernelName, check_kernel, choose_kerne
 from medreason_jax.qwen2.folder import ADAPTER, PARAMS, Description, ModelFolder
 from medreason_jax.qwen2.huggingface import import_params
 from medreason_jax.qwen2.lora import Lora, merge_adapter, split_adapter, with_adapter
-from medreason_jax.qwen2.model import Compute, Network, Params, Remat, make_network
+from medreason_jax.qwen2.model import (
+    Compute,
+    Network,
+    Params,
+    Remat,
+    abstract_params,
+    make_network,
+)
 from medreason_jax.qwen2.sizes import Sizes
 from medreason_jax.qwen2.tensor_files import TensorFiles
 from medreason_jax.train.objectives import Scorer
@@ -77,14 +84,31 @@ def load_model(
     attention: Attention = "auto",
 ) -> Loaded:
     """Open a model or stage folder on the mesh that the config asks for; float32 masters."""
-    mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
+    make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)  # refused before all else
     model = ModelFolder(folder)
+    options: Any = {"remat": remat, "unroll": unroll, "attention": attention}
+    loaded = open_model(model, mesh_config, dtype, lora=model.lora, **options)
+    abstract = abstract_params(model.description.sizes, model.lora, model.description.score)
+    return loaded.replace(params=load_tree(model, abstract, loaded.sharder))
+
+
+def open_model(
+    model: ModelFolder,
+    mesh_config: MeshConfig,
+    dtype: str,
+    *,
+    lora: Lora | None = None,
+    remat: Remat = "none",
+    unroll: int = 1,
+    attention: Attention = "auto",
+) -> Loaded:
+    """The model's program on the mesh, with `lora` or without, and no parameters yet."""
+    mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     sizes, score = model.description.sizes, model.description.score
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
     compute = make_compute(sharder, sizes, dtype, remat=remat, unroll=unroll, attention=attention)
-    network, abstract = make_network(sizes, compute, model.lora, score)
-    params = load_tree(model, abstract, sharder)
-    return Loaded(mesh, sharder, network, model.description, model.lora, model.tokenizer, params)
+    network, _ = make_network(sizes, compute, lora, score)
+    return Loaded(mesh, sharder, network, model.description, lora, model.tokenizer, {})
 
 
 def load_tree(model: ModelFolder, abstract: Params, sharder: Sharder) -> Params:
@@ -92,10 +116,19 @@ def load_tree(model: ModelFolder, abstract: Params, sharder: Sharder) -> Params:
     if model.base is not None:
         base, adapter = split_adapter(abstract)
         tree = load_params(model.folder / ADAPTER, adapter, sharder.tree(adapter))
-        return with_adapter(load_tree(model.base, base, sharder), tree)
+        return with_adapter(load_merged(model.base, base, sharder), tree)
     if model.is_ours:
         return load_params(model.folder / PARAMS, abstract, sharder.tree(abstract))
     return import_params(TensorFiles(model.folder), abstract, sharder.tree(abstract))
+
+
+def load_merged(model: ModelFolder, abstract: Params, sharder: Sharder) -> Params:
+    """As `load_tree`, the adapter added to the kernels."""
+    if model.lora is None:
+        return load_tree(model, abstract, sharder)
+    both = abstract_params(model.description.sizes, model.lora, model.description.score)
+    merged = merge_adapter(load_tree(model, both, sharder), model.lora)
+    return jax.device_put(merged, sharder.tree(merged))
 
 
 def make_compute(

@@ -4,26 +4,36 @@ B batch, T time, D model, V vocabulary.
 """
 
 import gc
+import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import psutil
 
 from medreason_jax.config import MeshConfig
 from medreason_jax.generate.sampling import Sampling
-from medreason_jax.mesh import batch_shards, gather_to_host, make_mesh, make_sharder, put_batch
+from medreason_jax.mesh import (
+    batch_shards,
+    gather_to_host,
+    is_stacked,
+    make_mesh,
+    make_sharder,
+    path_name,
+    put_batch,
+)
 from medreason_jax.qwen2.attention import Places
 from medreason_jax.qwen2.folder import Description, ModelFolder, parameter_bytes
 from medreason_jax.qwen2.heads import last_of_segments, score
 from medreason_jax.qwen2.huggingface import leaves, tensor_name
-from medreason_jax.qwen2.load import Loaded, load_model, make_compute
+from medreason_jax.qwen2.load import Loaded, load_model, make_compute, open_model
 from medreason_jax.qwen2.model import layer_definition, rms_norm, run_layers
-from medreason_jax.qwen2.tensor_files import TensorFiles
+from medreason_jax.qwen2.sizes import WeightsDtype
+from medreason_jax.qwen2.tensor_files import STORED, TensorFiles
 
 LOGIT_ERROR = 1e-4  # relative norm, float32
 NEAR_TIE = 1e-4  # two best logits closer than this may be ordered either way
@@ -31,59 +41,73 @@ HEAD_ROWS = 16_384  # of the vocabulary at a time, layer by layer
 GateMode = Literal["full", "layerwise"]
 
 
+def require_reference(*more: str) -> None:
+    """Said before anything is written: what the gate compares with is installed."""
+    missing = [n for n in ("torch", "transformers", *more) if importlib.util.find_spec(n) is None]
+    if missing:
+        raise RuntimeError(
+            f"the parity gate needs {', '.join(missing)}: pip install 'medreason[export]'"
+        )
+
+
 def parity_gate(
     folder: Path,
-    source: Path,
+    model: ModelFolder,
     description: Description,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     mode: Literal["auto"] | GateMode,
-    mesh_config: MeshConfig | None,
 ) -> dict[str, Any]:
-    """Compare the exported `folder` with the model in `source`; RuntimeError when they differ.
+    """Compare the exported `folder` with `model`; RuntimeError when they differ.
 
-    Our side is read from `source`, not from what was exported, and rounded as the export was.
-    "full" compares logits and one greedy answer, and needs memory for the model in float32;
-    "layerwise" compares one decoder layer at a time through the stack, then norm and head.
+    Our side is read from the model's own folder, not from what was exported, and rounded as the
+    export was. "full" compares logits and one greedy answer, and needs memory for the model in
+    float32; "layerwise" compares one decoder layer at a time through the stack, then norm and head.
     """
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError:
-        raise RuntimeError(
-            "the parity gate needs torch and transformers: pip install 'medreason[export]'"
-        ) from None
-
-    needed = 1.5 * parameter_bytes(ModelFolder(source))
-    free = psutil.virtual_memory().available
     if mode == "auto":
-        mode = "full" if needed < free else "layerwise"
+        mode = "full" if fits_memory(model) else "layerwise"
     if mode == "full":
-        mesh_config = MeshConfig() if mesh_config is None else mesh_config
-        facts = _full(folder, source, description, prompts, max_new_tokens, mesh_config)
+        facts = _full(folder, model, description, prompts, max_new_tokens)
     else:
-        facts = _layerwise(folder, source, description, max(prompts, key=len))
+        facts = _layerwise(folder, model, description, max(prompts, key=len))
     _check_error(folder, facts["logit_error"])
     return {"mode": mode, "dtype": description.dtype, **facts}
 
 
+def fits_memory(model: ModelFolder) -> bool:
+    return 1.5 * parameter_bytes(model) < psutil.virtual_memory().available
+
+
 def adapter_gate(
-    folder: Path, base: Path, source: Path, prompts: Sequence[Sequence[int]]
+    folder: Path, base: Path, adapter: ModelFolder, prompts: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Compare the logits of `base` with the `peft` adapter in `folder` with those of `source`."""
+    """Compare the logits of `base` with the `peft` adapter in `folder` with ours, one at a time."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    if not fits_memory(adapter):
+        raise RuntimeError(
+            f"comparing with peft needs {1.5 * parameter_bytes(adapter) / 1e9:.0f} GB of free "
+            "memory; export --merged, whose gate goes layer by layer, or use a larger host"
+        )
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(plain, folder).eval()
     with torch.inference_mode():
         theirs = [adapted(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
-    model = load_model(source, MeshConfig(), "float32")
-    ours = [_our_logits(model, prompt) for prompt in prompts]
+    del plain, adapted
+    gc.collect()
+    loaded = load_model(adapter.folder, gate_mesh(adapter.description), "float32", attention="xla")
+    ours = [_our_logits(loaded, prompt) for prompt in prompts]
     worst = max(relative_error(o, t) for o, t in zip(ours, theirs, strict=True))
     _check_error(folder, worst)
     return {"mode": "adapter", "logit_error": worst}
+
+
+def gate_mesh(description: Description) -> MeshConfig:
+    """As many shards of the parameters as the model's width allows."""
+    width = description.sizes.hidden_size
+    return MeshConfig(data=-1, fsdp=math.gcd(jax.device_count(), width))
 
 
 def _check_error(folder: Path, error: float) -> None:
@@ -93,32 +117,42 @@ def _check_error(folder: Path, error: float) -> None:
         )
 
 
-def rounded(x, dtype: str):
-    """float32 that the stored type can hold; of jax or numpy."""
-    return x.astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)).astype(np.float32)
+def rounded(x: np.ndarray, dtype: WeightsDtype) -> np.ndarray:
+    """float32 that the stored type can hold."""
+    return x.astype(STORED[dtype]).astype(np.float32)
 
 
 # --- full ------------------------------------------------------------------------------------
 
 
-def _full(folder, source, description, prompts, max_new_tokens, mesh_config) -> dict[str, Any]:
+def _full(folder, model: ModelFolder, description, prompts, max_new_tokens) -> dict[str, Any]:
     """One side at a time: `transformers` first, so that never both are in memory."""
     theirs, answer, gaps = _their_outputs(folder, description, prompts, max_new_tokens)
     gc.collect()
-    model = load_model(source, mesh_config, "float32").merged()
-    round_all = jax.jit(
-        lambda tree: jax.tree.map(lambda x: rounded(x, description.dtype), tree),
-        donate_argnums=0,
-    )
-    model = model.replace(params=round_all(model.params))
-    worst = 0.0
-    for prompt, expected in zip(prompts, theirs, strict=True):
-        ours = _our_logits(model, prompt)
-        worst = max(worst, relative_error(ours, expected))
-    facts: dict[str, Any] = {"logit_error": worst}
+    ours = _our_model(model, description)
+    errors = [
+        relative_error(_our_logits(ours, prompt), expected)
+        for prompt, expected in zip(prompts, theirs, strict=True)
+    ]
+    facts: dict[str, Any] = {"logit_error": max(errors)}
     if description.score is None:
-        facts |= _compare_answers(folder, model, prompts[0], answer, gaps)
+        facts |= _compare_answers(folder, ours, prompts[0], answer, gaps)
     return facts
+
+
+def _our_model(model: ModelFolder, description: Description) -> Loaded:
+    """The model on the mesh from its own folder, its adapter added, rounded as it was stored."""
+    loaded = open_model(model, gate_mesh(description), "float32", attention="xla")
+
+    def whole(path, leaf, sharding):
+        name = path_name(path)
+        layers = range(leaf.shape[0]) if is_stacked(name) else [None]
+        parts = [rounded(model.read(name, layer), description.dtype) for layer in layers]
+        return jax.device_put(np.stack(parts) if is_stacked(name) else parts[0], sharding)
+
+    shardings = loaded.sharder.tree(model.abstract)
+    params = jax.tree_util.tree_map_with_path(whole, model.abstract, shardings)
+    return loaded.replace(params=params)
 
 
 def _their_outputs(folder: Path, description: Description, prompts, max_new_tokens: int):
@@ -193,8 +227,10 @@ def relative_error(ours, theirs) -> float:
 # --- layer by layer --------------------------------------------------------------------------
 
 
-def _layerwise(folder, source, description: Description, ids: Sequence[int]) -> dict[str, Any]:
-    model, files, sizes = ModelFolder(source), TensorFiles(folder), description.sizes
+def _layerwise(
+    folder: Path, model: ModelFolder, description: Description, ids: Sequence[int]
+) -> dict[str, Any]:
+    files, sizes = TensorFiles(folder), description.sizes
     mesh = make_mesh(-1, 1, 1)
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
     compute = make_compute(sharder, sizes, "float32", attention="xla")

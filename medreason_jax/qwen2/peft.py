@@ -3,7 +3,6 @@
 L layers, r rank.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medreason_jax.manifest import write_json
+from medreason_jax.manifest import read_json_object, write_json
 from medreason_jax.qwen2.folder import ModelFolder
 from medreason_jax.qwen2.huggingface import tensor_name
 from medreason_jax.qwen2.lora import PROJECTIONS, Lora, Target
@@ -53,10 +52,11 @@ def read_peft(folder: Path, sizes: Sizes) -> tuple[Lora, Params]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS} (pickled .bin files are refused)")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json_object(folder / CONFIG, "a peft adapter's settings")
     _check_config(config, folder / CONFIG)
     files = TensorFiles(path)
     projections = _adapted(files)
+    _check_layers(files, projections, sizes)
     targets = tuple(_target(config, files, name, sizes) for name in projections)
     tree: Params = {"layers": {}}
     for projection in projections:
@@ -109,9 +109,12 @@ def peft_name(projection: str, layer: int, part: str) -> str:
 
 def _planned(adapter: ModelFolder, target: Target, layer: int, part: str) -> Tensor:
     path = f"layers.{MODULES[target.projection]}.{target.projection}.{part}"
-    array = adapter.read_adapter(path, layer).T
+    _, rows, columns = adapter.adapter_shape(path)
     return Tensor(
-        peft_name(target.projection, layer, part), DTYPES["F32"], array.shape, lambda: array
+        peft_name(target.projection, layer, part),
+        DTYPES["F32"],
+        (columns, rows),
+        lambda: adapter.read_adapter(path, layer).T,
     )
 
 
@@ -120,6 +123,15 @@ def _layers(sizes: Sizes) -> range:
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
+    alpha = config["lora_alpha"] if "lora_alpha" in config else None
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or alpha <= 0:
+        raise ValueError(f"{path}: lora_alpha={alpha!r}; give a number above 0")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in _pattern(config, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{path}: {name} {pattern!r} is no pattern: {error}") from None
     for name, allowed in ALLOWED.items():
         if name in config and config[name] not in allowed:
             raise ValueError(f"{path}: {name}={config[name]!r} is not supported; {allowed=}")
@@ -156,23 +168,33 @@ def _adapted(files: TensorFiles) -> list[str]:
     return [name for name in PROJECTIONS if name in found]
 
 
+def _check_layers(files: TensorFiles, projections: list[str], sizes: Sizes) -> None:
+    expected = {
+        peft_name(projection, layer, part)
+        for projection in projections
+        for layer in _layers(sizes)
+        for part in ("lora_A", "lora_B")
+    }
+    extra, missing = sorted(set(files.where) - expected), sorted(expected - set(files.where))
+    if extra or missing:
+        raise ValueError(
+            f"{files.path} does not fit a model of {sizes.num_hidden_layers} layers: "
+            f"{len(missing)} tensors are missing {missing[:3]}, {len(extra)} too many {extra[:3]}"
+        )
+
+
 def _target(config: dict[str, Any], files: TensorFiles, projection: str, sizes: Sizes) -> Target:
     """Rank from the tensors, alpha by `peft`'s patterns; both must be the same in all layers."""
     names = [peft_name(projection, layer, "lora_A") for layer in _layers(sizes)]
-    missing = [name for name in names if name not in files.where]
-    if missing:
-        raise ValueError(
-            f"{files.path} adapts {projection} in some layers only: {len(missing)} tensors are "
-            f"missing, the first is {missing[0]}; adapters are stacked over all layers here"
-        )
     ranks = {files.shape(name)[0] for name in names}
-    patterns = config["alpha_pattern"] if config.get("alpha_pattern") else {}
+    patterns = _pattern(config, "alpha_pattern")
     modules = [
         f"model.layers.{layer}.{MODULES[projection]}.{projection}" for layer in _layers(sizes)
     ]
     alphas = {_by_pattern(patterns, module, config["lora_alpha"]) for module in modules}
     if len(ranks) > 1 or len(alphas) > 1:
-        named = [key for key in _pattern_keys(config) if re.search(r"\d", key)]
+        keys = [*_pattern(config, "rank_pattern"), *_pattern(config, "alpha_pattern")]
+        named = [key for key in keys if re.search(r"\d", key)]
         raise ValueError(
             f"{files.path.parent / CONFIG}: rank_pattern or alpha_pattern names single layers of "
             f"{projection} ({named[:3]}); ranks {sorted(ranks)} and alphas {sorted(alphas)} must "
@@ -183,13 +205,9 @@ def _target(config: dict[str, Any], files: TensorFiles, projection: str, sizes: 
     return Target(projection, rank, alpha * math.sqrt(rank) if stabilised else alpha)
 
 
-def _pattern_keys(config: dict[str, Any]) -> list[str]:
-    return [
-        key
-        for name in ("rank_pattern", "alpha_pattern")
-        if config.get(name)
-        for key in config[name]
-    ]
+def _pattern(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A `peft` pattern; an absent or null one is empty."""
+    return {} if name not in config or config[name] is None else config[name]
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
@@ -201,10 +219,7 @@ def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
 
 
 def _read(files: TensorFiles, projection: str, layer: int, part: str) -> np.ndarray:
-    name = peft_name(projection, layer, part)
-    if name not in files.where:
-        raise ValueError(f"{files.path} lacks {name}")
-    return files.read(name).astype(np.float32).T
+    return files.read(peft_name(projection, layer, part)).astype(np.float32).T
 
 
 def _check_shapes(tree: Params, sizes: Sizes, path: Path) -> None:

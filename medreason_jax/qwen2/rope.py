@@ -5,6 +5,7 @@ H head size; h the H/2 pairs of one head, each of which turns with a frequency o
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 
@@ -27,12 +28,15 @@ class Yarn:
     truncate: bool = True
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if name == "truncate":
-                if not isinstance(value, bool):
-                    raise ValueError(f"YaRN's truncate={value!r} should be true or false")
-            elif value is not None and (isinstance(value, bool) or not _is_finite(value)):
-                raise ValueError(f"YaRN's {name}={value!r} should be a number")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"YaRN's {field.name}={value!r} should be true or false")
+            if field.type is int and type(value) is not int:
+                raise ValueError(f"YaRN's {field.name}={value!r} should be a whole number")
+            optional = field.type == float | None
+            if field.type is float or (optional and value is not None):
+                _check_number(field.name, value)
         for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"YaRN's {name}={getattr(self, name)} should be above 0")
@@ -40,6 +44,9 @@ class Yarn:
             raise ValueError(f"YaRN's factor={self.factor} should be 1 or more")
         if self.attention_factor is not None and self.attention_factor <= 0:
             raise ValueError(f"YaRN's attention_factor={self.attention_factor} should be above 0")
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"YaRN's {name}={getattr(self, name)} should be 0 (unset) or more")
         if self.beta_fast < self.beta_slow:
             raise ValueError(
                 f"YaRN's beta_fast={self.beta_fast} is below its beta_slow={self.beta_slow}"
@@ -94,5 +101,6 @@ def _attention_factor(yarn: Yarn) -> float:
     return (yarn.mscale * log_factor + 1.0) / (yarn.mscale_all_dim * log_factor + 1.0)
 
 
-def _is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _check_number(name: str, value) -> None:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"YaRN's {name}={value!r} should be a number")

@@ -6,18 +6,25 @@ is refused, because a model that silently differs from its file costs more than 
 """
 
 import dataclasses
-import json
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flax import struct
 
+from medreason_jax.manifest import read_json_object
 from medreason_jax.qwen2.rope import Yarn
 
 Architecture = Literal[
     "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "Qwen2ForTokenClassification"
 ]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+# What a config.json means that names none.
+LANGUAGE_MODEL: Architecture = "Qwen2ForCausalLM"
+DEFAULT_DTYPE: WeightsDtype = "float32"
+DEFAULT_LABELS = 2
 
 # Fields whose value must be the one that model.py computes; absent ones have it already.
 REQUIRED = {
@@ -58,6 +65,14 @@ IGNORED = {
 # `transformers` 4 keeps theta outside and calls the rest rope_scaling; 5 has one dictionary.
 ROPE_SPELLINGS = ("rope_scaling", "rope_parameters")
 DERIVED = {"rope_theta", *ROPE_SPELLINGS, "head_dim", "layer_types"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """A classifier's outputs by name, and the loss that `transformers` trains them with."""
+
+    names: tuple[str, ...]
+    problem_type: ProblemType | None = None
 
 
 @struct.dataclass
@@ -103,31 +118,32 @@ class Sizes:
 
 def read_sizes(fields: dict[str, Any]) -> Sizes:
     """Sizes from the fields of a `config.json`; a setting that is not implemented is refused."""
-    names = [name for name in Sizes.__dataclass_fields__ if name not in DERIVED]
-    _check_fields(fields, names)
+    kinds = {f.name: f.type for f in dataclasses.fields(Sizes) if f.name not in DERIVED}
+    _check_fields(fields, list(kinds))
+    values = {name: _read_value(name, fields[name], kind) for name, kind in kinds.items()}
     _check_heads(fields)
     _check_layer_types(fields)
     theta, scaling = _read_rope(fields)
-    return Sizes(rope_theta=theta, rope_scaling=scaling, **{name: fields[name] for name in names})
+    return Sizes(rope_theta=theta, rope_scaling=scaling, **values)
 
 
 def read_config_file(path: Path) -> Sizes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a model folder holds a config.json")
-    return read_sizes(json.loads(path.read_text()))
+    return read_sizes(read_json_object(path, "a model's configuration"))
 
 
-def read_architecture(fields: dict[str, Any]) -> tuple[Architecture, int | None]:
-    """(architecture, number of labels, None of a language model) of a `config.json`."""
+def read_architecture(fields: dict[str, Any]) -> tuple[Architecture, Labels | None]:
+    """(architecture, labels, None of a language model) of a `config.json`."""
     known = get_args(Architecture)
-    names = fields["architectures"] if _is_set(fields, "architectures") else [known[0]]
-    if len(names) != 1 or names[0] not in known:
-        raise ValueError(f"architectures={names} is not implemented; allowed: one of {known}")
-    return names[0], None if names[0] == known[0] else _read_labels(fields)
+    names = fields["architectures"] if _is_set(fields, "architectures") else [LANGUAGE_MODEL]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+        raise ValueError(
+            f"architectures={names!r} is not implemented; allowed: a list of one of {known}"
+        )
+    return names[0], None if names[0] == LANGUAGE_MODEL else _read_labels(fields)
 
 
 def weights_dtype(fields: dict[str, Any]) -> WeightsDtype:
-    """The type that the weights of a `config.json` are stored in; float32 where it names none."""
+    """The type that the weights of a `config.json` are stored in."""
     names = {name: fields[name] for name in ("dtype", "torch_dtype") if _is_set(fields, name)}
     for name, value in names.items():
         if value not in get_args(WeightsDtype):
@@ -136,7 +152,7 @@ def weights_dtype(fields: dict[str, Any]) -> WeightsDtype:
             )
     if len(set(names.values())) > 1:
         raise ValueError(f"config.json contradicts itself: {names}; remove one of the two")
-    return next(iter(names.values()), "float32")
+    return next(iter(names.values()), DEFAULT_DTYPE)
 
 
 def config_fields(
@@ -145,12 +161,12 @@ def config_fields(
     pad_token_id: int,
     dtype: str,
     *,
-    architecture: Architecture = "Qwen2ForCausalLM",
-    labels: int | None = None,
+    architecture: Architecture = LANGUAGE_MODEL,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
     """The `config.json` of one of `transformers`' classes for these sizes."""
     assert architecture in get_args(Architecture), architecture
-    assert (labels is None) == (architecture == "Qwen2ForCausalLM"), (architecture, labels)
+    assert (labels is None) == (architecture == LANGUAGE_MODEL), (architecture, labels)
     return {
         "architectures": [architecture],
         "model_type": "qwen2",
@@ -194,6 +210,24 @@ def _check_fields(fields: dict[str, Any], needed: list[str]) -> None:
         )
 
 
+def _read_value(name: str, value: Any, kind: type, above: float = 0) -> Any:
+    """A number above a limit or a truth value, of exactly its kind: JSON's true is not 1 and "1e6"
+    is not a number. A float may be written without a point."""
+    if kind is bool:
+        allowed, fits = "true or false", type(value) is bool
+    elif kind is int:
+        allowed, fits = f"a whole number above {above}", type(value) is int and value > above
+    else:
+        assert kind is float, kind
+        allowed = f"a finite number above {above}"
+        fits = type(value) in (int, float) and above < value <= sys.float_info.max
+    if not fits:
+        raise ValueError(
+            f"{name}={value!r:.80} in config.json; allowed: {allowed}; correct it there"
+        )
+    return kind(value)
+
+
 def _check_heads(fields: dict[str, Any]) -> None:
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if width % heads:
@@ -219,10 +253,11 @@ def _check_layer_types(fields: dict[str, Any]) -> None:
     if not _is_set(fields, "layer_types"):
         return
     types, layers = fields["layer_types"], fields["num_hidden_layers"]
-    if set(types) != {"full_attention"}:
-        raise ValueError(
-            f"layer_types holds {sorted(set(types))}; only 'full_attention' is implemented"
-        )
+    if not isinstance(types, list):
+        raise ValueError(f"layer_types={types!r:.80}; allowed: a list with one entry a layer")
+    others = [kind for kind in types if kind != "full_attention"]
+    if others:
+        raise ValueError(f"layer_types holds {others[0]!r}; only 'full_attention' is implemented")
     if len(types) != layers:
         raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers={layers}")
 
@@ -235,7 +270,7 @@ def _read_rope(fields: dict[str, Any]) -> tuple[float, Yarn | None]:
         if _is_set(fields, name)
     }
     if not read:
-        return float(fields["rope_theta"]), None
+        return _theta("rope_theta", fields["rope_theta"]), None
     if len(set(read.values())) > 1:
         raise ValueError(
             f"rope_scaling={fields['rope_scaling']} and rope_parameters="
@@ -248,13 +283,13 @@ def _read_rope_dictionary(spelling: str, fields: dict[str, Any]) -> tuple[float,
     rope = fields[spelling]
     if not isinstance(rope, dict):
         raise ValueError(f"{spelling}={rope!r} should be a dictionary")
-    kinds = {rope[name] for name in ("rope_type", "type") if name in rope} or {"default"}
-    if not kinds <= {"default", "yarn"} or len(kinds) > 1:
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
+    kind = kinds[0]
+    if kind not in ("default", "yarn") or kinds != [kind] * len(kinds):
         raise ValueError(
             f"{spelling}: rope_type={' and '.join(map(repr, kinds))} is not implemented; allowed: "
             "'default' or 'yarn'"
         )
-    kind = next(iter(kinds))
     of_kind = {field.name for field in dataclasses.fields(Yarn)} if kind == "yarn" else set()
     unknown = [name for name in rope if name not in {"rope_type", "type", "rope_theta", *of_kind}]
     if unknown:
@@ -267,16 +302,23 @@ def _read_rope_dictionary(spelling: str, fields: dict[str, Any]) -> tuple[float,
 
 
 def _read_theta(spelling: str, fields: dict[str, Any]) -> float:
-    within = [fields[spelling]["rope_theta"]] if _is_set(fields[spelling], "rope_theta") else []
-    outside = [fields["rope_theta"]] if _is_set(fields, "rope_theta") else []
-    if not within + outside:
+    places = {f"{spelling}.rope_theta": fields[spelling], "rope_theta": fields}
+    thetas = {
+        place: _theta(place, holder["rope_theta"])
+        for place, holder in places.items()
+        if _is_set(holder, "rope_theta")
+    }
+    if not thetas:
         raise ValueError(f"config.json lacks rope_theta, in {spelling} or beside it")
-    if len({*within, *outside}) > 1:
-        raise ValueError(
-            f"rope_theta={outside[0]} contradicts rope_theta={within[0]} in {spelling}; "
-            "remove one of the two"
-        )
-    return float((within + outside)[0])
+    if len(set(thetas.values())) > 1:
+        said = " contradicts ".join(f"{place}={theta}" for place, theta in thetas.items())
+        raise ValueError(f"{said}; remove one of the two")
+    return next(iter(thetas.values()))
+
+
+def _theta(name: str, value: Any) -> float:
+    """Above 1: at 1 every pair turns alike, and YaRN divides by its logarithm."""
+    return _read_value(name, value, float, above=1)
 
 
 def _read_yarn(spelling: str, fields: dict[str, Any]) -> Yarn:
@@ -292,10 +334,10 @@ def _read_yarn(spelling: str, fields: dict[str, Any]) -> Yarn:
         if field.name in rope and (rope[field.name] is not None or field.name == "truncate")
     }
     longest = fields["max_position_embeddings"]
-    original = numbers.setdefault("original_max_position_embeddings", longest)
-    if "factor" not in numbers:
-        numbers["factor"] = longest / original
-    return Yarn(**numbers)
+    yarn = Yarn(**{"factor": 1.0, "original_max_position_embeddings": longest, **numbers})
+    if "factor" in numbers:
+        return yarn
+    return dataclasses.replace(yarn, factor=longest / yarn.original_max_position_embeddings)
 
 
 def _rope_scaling_field(scaling: Yarn | None) -> dict[str, Any] | None:
@@ -310,20 +352,48 @@ def _rope_scaling_field(scaling: Yarn | None) -> dict[str, Any] | None:
     return {"rope_type": "yarn", **numbers}
 
 
-def _read_labels(fields: dict[str, Any]) -> int:
-    counts = {fields["num_labels"]} if _is_set(fields, "num_labels") else set()
-    counts |= {len(fields["id2label"])} if _is_set(fields, "id2label") else set()
-    if len(counts) > 1:
+def _read_labels(fields: dict[str, Any]) -> Labels:
+    """`transformers` does not write the two labels of its default."""
+    names, count = _label_names(fields), None
+    if _is_set(fields, "num_labels"):
+        count = _read_value("num_labels", fields["num_labels"], int)
+    if names is None:
+        count = DEFAULT_LABELS if count is None else count
+        names = tuple(f"LABEL_{label}" for label in range(count))
+    elif count not in (None, len(names)):
         raise ValueError(
-            f"num_labels={fields['num_labels']} contradicts id2label, which has "
-            f"{len(fields['id2label'])} labels; remove one of the two"
+            f"num_labels={count} contradicts id2label, which has {len(names)} labels; remove one "
+            "of the two"
         )
-    return next(iter(counts), 2)  # transformers does not write the two labels of its default
+    labels = Labels(names, fields["problem_type"] if _is_set(fields, "problem_type") else None)
+    if labels.problem_type not in (None, *get_args(ProblemType)):
+        raise ValueError(
+            f"problem_type={labels.problem_type!r}; allowed: null or one of {get_args(ProblemType)}"
+        )
+    written = _label_fields(labels)["label2id"]
+    if _is_set(fields, "label2id") and fields["label2id"] != written:
+        raise ValueError(
+            f"label2id={fields['label2id']!r:.80} contradicts the labels {list(names)[:3]}... of "
+            "id2label or num_labels; remove label2id"
+        )
+    return labels
 
 
-def _label_fields(labels: int) -> dict[str, Any]:
-    names = [f"LABEL_{label}" for label in range(labels)]
+def _label_names(fields: dict[str, Any]) -> tuple[str, ...] | None:
+    if not _is_set(fields, "id2label"):
+        return None
+    names = fields["id2label"]
+    ids = [str(label) for label in range(len(names))] if isinstance(names, dict) else []
+    if not ids or {*ids} != {*names} or not all(isinstance(names[id], str) for id in ids):
+        raise ValueError(
+            f'id2label={names!r:.80}; allowed: a name for each of the labels "0", "1" and so on'
+        )
+    return tuple(names[id] for id in ids)
+
+
+def _label_fields(labels: Labels) -> dict[str, Any]:
     return {
-        "id2label": {str(label): name for label, name in enumerate(names)},
-        "label2id": {name: label for label, name in enumerate(names)},
+        "id2label": {str(label): name for label, name in enumerate(labels.names)},
+        "label2id": {name: label for label, name in enumerate(labels.names)},
+        "problem_type": labels.problem_type,
     }

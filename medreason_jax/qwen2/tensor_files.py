@@ -20,6 +20,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+STORED = {dtype.name: dtype for dtype in DTYPES.values()}  # by the names of config.json
 FILE_BYTES = 5_000_000_000
 
 
@@ -39,11 +40,12 @@ class TensorFiles:
         if not index.is_file():
             if not single.is_file():
                 raise FileNotFoundError(
-                    f"{self.path} holds no {SINGLE} (pickled .bin files are refused: they can run "
-                    "code; convert them to safetensors)"
+                    f"{self.path} holds neither {SINGLE} nor params/: an import that did not end "
+                    "(remove it and import again), or pickled .bin files, which can run code "
+                    "(convert them to safetensors)"
                 )
             return dict.fromkeys(self._opened(single).keys(), single)
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_weight_map(index)
         outside = [file for file in names.values() if Path(file).name != file]
         if outside:
             raise ValueError(f"{index} points outside its folder: {outside[0]!r}; refused")
@@ -84,9 +86,24 @@ class TensorFiles:
         self.bytes_read += array.nbytes
         return array
 
+    def common_dtype(self) -> np.dtype:
+        """The type that all tensors are stored in, float32 where they are of several."""
+        found = {self.dtype(name) for name in self.where}
+        return found.pop() if len(found) == 1 else DTYPES["F32"]
+
     @property
     def total_bytes(self) -> int:
         return sum(int(np.prod(self.shape(n))) * self.dtype(n).itemsize for n in self.where)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is no index: it needs a weight_map {{tensor: file}}") from None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index}: weight_map must be {{tensor: file}}")
+    return names
 
 
 @dataclass(frozen=True)

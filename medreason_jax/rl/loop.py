@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from medreason_jax.config import PPOConfig, check_unchanged, save_yaml
@@ -27,13 +26,14 @@ from medreason_jax.rl.reward import Judged, Rewards, judge_response
 from medreason_jax.rl.rollout import make_rollout_scorer, rollout_rows
 from medreason_jax.train.objectives import proximal_policy
 from medreason_jax.train.optimizer import Rate
+from medreason_jax.train.program import lora_of, make_policy, optimizer_of, place_split
 from medreason_jax.train.run import (
     Run,
     halt_if_broken,
     load_for_training,
-    optimizer_of,
     progress_bar,
     resolved,
+    way_to,
 )
 from medreason_jax.train.step import init_state, make_train_step
 
@@ -41,7 +41,7 @@ from medreason_jax.train.step import init_state, make_train_step
 def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     """Run (or go on with) PPO; iteration i is a function of (seed, i) and of the state."""
     start_processes(config.folder)
-    check_unchanged(config, config.folder / "config.yaml")
+    check_unchanged(config, config.folder / "config.yaml", config.accept_changes)
     finished = read_manifest(config.folder)
     if finished is not None:
         return finished
@@ -50,26 +50,30 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     minibatch = config.rollouts // config.minibatches
     check_rows(model.mesh, "rollouts / minibatches", minibatch, config.accumulation)
     problems, prompts = load_problems(config, model.tokenizer)
-    scorer = model.scorer(config.head_chunk, config.temperature)
-    engine = model.engine(config.rollouts)
+    lora = lora_of(config.lora)
+    key = jax.random.key(config.seed)
+    policy = make_policy(model.network, model.sharder, lora, config.head_chunk, config.temperature)
+    engine = model.replace(network=policy.scorer.network).engine(config.rollouts)
     sampling = Sampling(config.temperature, 0, 1.0, config.max_new_tokens)
     rewards = Rewards(config.reward_true, config.reward_false, config.reward_unformatted)
 
     steps = config.iterations * config.ppo_epochs * config.minibatches
     rate = config.optimizer.learning_rate
     scale = 1.0 if config.critic_rate is None else config.critic_rate / rate
-    optimizer, _ = optimizer_of(config.optimizer, steps, [Rate(r"^critic\.", scale)])
-    reference = jax.tree.map(jnp.copy, model.params)
+    optimizer, _ = optimizer_of(config.optimizer, steps, (Rate(r"^critic\.", scale),))
+    trainable, frozen = place_split(
+        model.params, model.network, model.sharder, lora, needs_reference=True, key=key
+    )
     critic = init_score(model.network.sizes.hidden_size, ScoreHead(1, bias=True))
     critic = jax.device_put(critic, replicated(model.mesh))
-    state = init_state({"policy": model.params, "critic": critic}, optimizer)
-    objective = proximal_policy(scorer, config.clip, config.value_clip, config.value_coef)
+    state = init_state({"policy": trainable, "critic": critic}, optimizer)
+    objective = proximal_policy(policy, config.clip, config.value_clip, config.value_coef)
     step = make_train_step(objective, optimizer, model.sharder, state, config.accumulation)
-    score_rollouts = make_rollout_scorer(scorer, config.kl_coef, config.gamma, config.gae_lambda)
+    score_rollouts = make_rollout_scorer(policy, config.kl_coef, config.gamma, config.gae_lambda)
 
     if jax.process_index() == 0:
         save_yaml(resolved(config, model), config.folder / "config.yaml")
-    run = Run(config.folder, config.checkpoint_every, fingerprint(problems))
+    run = Run(config, fingerprint(problems))
     state, done = run.start(state, model.sharder)
     table = RolloutTable(config.folder / "rollouts.jsonl", done, jax.process_index() == 0)
     bar = progress_bar(config.folder.name, config.iterations, done)
@@ -78,7 +82,8 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         chosen = problem_numbers(len(problems), config.rollouts, iteration - 1, config.seed)
         batch_prompts = [prompts[n] for n in chosen]
         seed = int(np.random.default_rng((config.seed, iteration, 2)).integers(2**31))
-        completions = engine.generate(state.params["policy"], batch_prompts, sampling, seed)
+        params = policy.params(state.params["policy"], frozen)
+        completions = engine.generate(params, batch_prompts, sampling, seed)
 
         texts = [model.tokenizer.decode(completion.ids) for completion in completions]
         judged = [
@@ -90,13 +95,13 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         scores = np.array([j.reward for j in judged], np.float32)
         batch, score_B = put_batch(model.mesh, rows), put_batch(model.mesh, {"score": scores})
         training_rows, rollout_metrics = score_rollouts(
-            state.params, reference, batch, score_B["score"]
+            state.params, frozen, batch, score_B["score"]
         )
         host_rows = gather_to_host(training_rows)
         update_metrics = []
         for numbers in minibatch_numbers(config, iteration):
             minibatch = put_batch(model.mesh, {name: x[numbers] for name, x in host_rows.items()})
-            state, metrics = step(state, None, minibatch)
+            state, metrics = step(state, frozen, minibatch)
             update_metrics.append(metrics)
 
         values = (
@@ -106,14 +111,18 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         )
         halt_if_broken(values, iteration, config.folder)
         del values["halted"]
-        run.write(iteration, values)
+        run.write(iteration, values, {})
         bar.set_postfix_str(f"reward {values['reward']:.3f} kl {values['kl']:.3f}", refresh=False)
         bar.update(1)
-        run.keep(iteration, state, config.iterations, run.stop_agreed())
+        stop = run.stop_agreed(iteration)
+        if run.is_due(iteration, config.iterations) or stop:
+            run.keep(iteration, state, {}, {})
+        if stop:
+            run.stop(iteration, config.iterations)
     bar.close()
     table.close()
-    facts = {"kind": "ppo", "steps": steps, "parent": str(config.model), "problems": len(problems)}
-    return run.finish(state.params["policy"], model, facts)
+    facts = {"kind": "ppo", "steps": steps, "parent": way_to(config), "problems": len(problems)}
+    return run.finish(state.params["policy"], model, lora, facts)
 
 
 def load_problems(config: PPOConfig, tokenizer: ChatTokenizer):

@@ -10,7 +10,7 @@ from medreason_jax.generate.engine import Completion
 from medreason_jax.qwen2.heads import score
 from medreason_jax.qwen2.model import Params
 from medreason_jax.rl.advantage import gae, token_rewards, whiten
-from medreason_jax.train.objectives import Scorer
+from medreason_jax.train.objectives import Policy
 
 
 def rollout_rows(
@@ -33,15 +33,17 @@ def rollout_rows(
     return rows
 
 
-def make_rollout_scorer(scorer: Scorer, kl_coef: float, gamma: float, gae_lambda: float):
-    """`(params, reference, rows, score_B) -> (training rows, metrics)`, jitted."""
+def make_rollout_scorer(policy: Policy, kl_coef: float, gamma: float, gae_lambda: float):
+    """`(trainable, frozen, rows, score_B) -> (training rows, metrics)`, jitted."""
 
-    def score_rollouts(params: Params, reference: Params, rows, score_B):
+    def score_rollouts(trainable: Params, frozen: Params, rows, score_B):
         mask_BT = rows["weights"]
-        h_BTD = scorer.hidden(params["policy"], rows)
-        logp_BT, entropy_BT = scorer.logprobs(params["policy"], rows, h_BTD)
-        reference_BT, _ = scorer.logprobs(reference, rows)
-        values_BT = score(params["critic"], h_BTD)[..., 0] * mask_BT
+        params = policy.params(trainable["policy"], frozen)
+        h_BTD = policy.scorer.hidden(params, rows)
+        scores = policy.scorer.scores(params, rows, h_BTD)
+        logp_BT, entropy_BT = scores.logp, scores.entropy
+        reference_BT = policy.reference_logp(frozen, rows)
+        values_BT = score(trainable["critic"], h_BTD)[..., 0] * mask_BT
         rewards_BT = token_rewards(score_B, logp_BT, reference_BT, mask_BT, kl_coef)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma, gae_lambda)
         tokens = jnp.maximum(jnp.sum(mask_BT), 1.0)

@@ -8,11 +8,22 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from medreason_jax.mesh import TokenShards
 
 
-def token_logprobs(
+@struct.dataclass
+class TokenScores:
+    """Of every token, float32 [B, T]: differentiable but for `correct`."""
+
+    logp: jax.Array  # log-probability of the label
+    entropy: jax.Array  # of the distribution
+    log_norm: jax.Array  # log Z, what a z-loss keeps small
+    correct: jax.Array  # 1 where the label has the largest logit
+
+
+def token_scores(
     h_BTD: jax.Array,
     W_VD: jax.Array,
     labels_BT: jax.Array,
@@ -20,44 +31,45 @@ def token_logprobs(
     shards: TokenShards,
     chunk: int,
     temperature: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each label and entropy of its distribution, float32 [B, T] each.
+) -> TokenScores:
+    """Scores of each label under the distribution that h and W give.
 
     Differentiable in h and W; the backward pass recomputes a chunk's logits. `chunk` is in tokens.
     Logits are divided by `temperature` (the sampler's), so that both sides mean one distribution.
     The vocabulary may be split over devices; W is gathered once, before the chunks, and its
     gradient is summed in float32 and reduced once, after them.
     """
-    return _token_logprobs(shards, chunk, temperature, h_BTD, W_VD, labels_BT)
+    return TokenScores(*_scores(shards, chunk, temperature, h_BTD, W_VD, labels_BT))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_logprobs(shards, chunk, temperature, h_BTD, W_VD, labels_BT):
+def _scores(shards, chunk, temperature, h_BTD, W_VD, labels_BT):
     return _forward(shards, chunk, temperature, h_BTD, W_VD, labels_BT)[0]
 
 
 def _forward(shards: TokenShards, chunk, temperature, h_BTD, W_VD, labels_BT):
     axis = shards.vocabulary_axis
 
-    def one_chunk(W_VD, h_cD, labels_c):
-        z_cV = _logits(h_cD, W_VD, temperature)
+    def one_chunk(W_DV, h_cD, labels_c):
+        z_cV = _logits(h_cD, W_DV, temperature)
         largest_c = jax.lax.pmax(jnp.max(z_cV, axis=-1), axis)
         sums_c = jax.lax.psum(jnp.sum(jnp.exp(z_cV - largest_c[:, None]), axis=-1), axis)
         norm_c = largest_c + jnp.log(sums_c)
         is_label_cV = _is_label(labels_c, z_cV.shape, axis)
-        logp_c = jax.lax.psum(jnp.sum(jnp.where(is_label_cV, z_cV, 0.0), axis=-1), axis) - norm_c
+        z_label_c = jax.lax.psum(jnp.sum(jnp.where(is_label_cV, z_cV, 0.0), axis=-1), axis)
         mean_c = jax.lax.psum(jnp.sum(jnp.exp(z_cV - norm_c[:, None]) * z_cV, axis=-1), axis)
-        return logp_c, norm_c, mean_c
+        correct_c = (z_label_c >= largest_c).astype(jnp.float32)
+        return z_label_c - norm_c, norm_c, mean_c, correct_c
 
-    def per_shard(h_BTD, W_VD, labels_BT):
+    def per_shard(h_BTD, W_DV, labels_BT):
         chunks = _chunks(chunk, h_BTD, labels_BT)
-        _, outs = jax.lax.scan(lambda _, xs: (None, one_chunk(W_VD, *xs)), None, chunks)
+        _, outs = jax.lax.scan(lambda _, xs: (None, one_chunk(W_DV, *xs)), None, chunks)
         return tuple(_whole(x_Cc, labels_BT.shape) for x_Cc in outs)
 
     in_specs = (shards.tokens, shards.vocabulary, shards.tokens)
-    mapped = shards.map(per_shard, in_specs, (shards.tokens,) * 3)
-    logp_BT, norm_BT, mean_BT = mapped(h_BTD, W_VD.astype(h_BTD.dtype), labels_BT)
-    outputs = logp_BT, norm_BT - mean_BT  # H = log Z - E[z]
+    mapped = shards.map(per_shard, in_specs, (shards.tokens,) * 4)
+    logp_BT, norm_BT, mean_BT, correct_BT = mapped(h_BTD, W_VD.T.astype(h_BTD.dtype), labels_BT)
+    outputs = logp_BT, norm_BT - mean_BT, norm_BT, correct_BT  # H = log Z - E[z]
     return outputs, (h_BTD, W_VD, labels_BT, norm_BT, mean_BT)
 
 
@@ -65,40 +77,44 @@ def _backward(shards: TokenShards, chunk, temperature, residuals, cotangents):
     h_BTD, W_VD, labels_BT, norm_BT, mean_BT = residuals
     axis = shards.vocabulary_axis
 
-    def one_chunk(W_VD, dW_VD, h_cD, labels_c, norm_c, mean_c, g_logp_c, g_entropy_c):
-        z_cV = _logits(h_cD, W_VD, temperature)
+    def one_chunk(W_DV, dW_DV, h_cD, labels_c, norm_c, mean_c, g_logp_c, g_entropy_c, g_norm_c):
+        z_cV = _logits(h_cD, W_DV, temperature)
         p_cV = jnp.exp(z_cV - norm_c[:, None])
         is_label_cV = _is_label(labels_c, z_cV.shape, axis)
-        # d logp / dz = onehot - p;  dH / dz = -p (z - E[z])
-        g_logp_c1, deviation_cV = g_logp_c[:, None], z_cV - mean_c[:, None]
-        dz_cV = jnp.where(is_label_cV, g_logp_c1, 0.0)
-        dz_cV = dz_cV - p_cV * (g_logp_c1 + g_entropy_c[:, None] * deviation_cV)
+        # d logp / dz = onehot - p;  dH / dz = -p (z - E[z]);  d log Z / dz = p
+        deviation_cV = z_cV - mean_c[:, None]
+        dz_cV = jnp.where(is_label_cV, g_logp_c[:, None], 0.0)
+        scale_cV = (g_norm_c - g_logp_c)[:, None] - g_entropy_c[:, None] * deviation_cV
+        dz_cV = dz_cV + p_cV * scale_cV
         dz_cV = (dz_cV / temperature).astype(h_cD.dtype)
         product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        dh_cD = jax.lax.psum(product(dz_cV, W_VD, (((1,), (0,)), ((), ()))), axis)
-        return dW_VD + product(dz_cV, h_cD, (((0,), (0,)), ((), ()))), dh_cD.astype(h_cD.dtype)
+        dh_cD = jax.lax.psum(product(dz_cV, W_DV, (((1,), (1,)), ((), ()))), axis)
+        return dW_DV + product(h_cD, dz_cV, (((0,), (0,)), ((), ()))), dh_cD.astype(h_cD.dtype)
 
-    def per_shard(W_VD, h_BTD, *per_token):
+    def per_shard(W_DV, h_BTD, *per_token):
         chunks = _chunks(chunk, h_BTD, *per_token)
-        zeros_VD = jnp.zeros(W_VD.shape, jnp.float32)
-        dW_VD, dh_CcD = jax.lax.scan(
-            lambda dW_VD, xs: one_chunk(W_VD, dW_VD, *xs), zeros_VD, chunks
+        zeros_DV = jnp.zeros(W_DV.shape, jnp.float32)
+        dW_DV, dh_CcD = jax.lax.scan(
+            lambda dW_DV, xs: one_chunk(W_DV, dW_DV, *xs), zeros_DV, chunks
         )
-        return _whole(dh_CcD, h_BTD.shape), shards.reduce_gradient(dW_VD)
+        return _whole(dh_CcD, h_BTD.shape), shards.reduce_gradient(dW_DV)
 
-    in_specs = (shards.vocabulary, *(shards.tokens,) * 6)
+    in_specs = (shards.vocabulary, *(shards.tokens,) * 7)
     mapped = shards.map(per_shard, in_specs, (shards.tokens, shards.vocabulary_gradient))
-    per_token = (labels_BT, norm_BT, mean_BT, *cotangents)
-    dh_BTD, dW_VD = mapped(W_VD.astype(h_BTD.dtype), h_BTD, *per_token)
-    return dh_BTD, dW_VD.astype(W_VD.dtype), None
+    per_token = (labels_BT, norm_BT, mean_BT, *cotangents[:3])  # `correct` has no gradient
+    # The sum over devices comes before the layers' backward pass, or its operand lives through it.
+    dh_BTD, dW_DV = jax.lax.optimization_barrier(
+        mapped(W_VD.T.astype(h_BTD.dtype), h_BTD, *per_token)
+    )
+    return dh_BTD, dW_DV.T.astype(W_VD.dtype), None
 
 
-_token_logprobs.defvjp(_forward, _backward)
+_scores.defvjp(_forward, _backward)
 
 
-def _logits(h_cD, W_VD, temperature):
+def _logits(h_cD, W_DV, temperature):
     z_cV = jax.lax.dot_general(
-        h_cD, W_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        h_cD, W_DV, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
     return z_cV / temperature
 

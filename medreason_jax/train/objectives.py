@@ -14,8 +14,9 @@ from flax import struct
 
 from medreason_jax.mesh import TokenShards
 from medreason_jax.qwen2.heads import score
+from medreason_jax.qwen2.lora import with_adapter
 from medreason_jax.qwen2.model import Network, Params
-from medreason_jax.train.head import token_logprobs
+from medreason_jax.train.head import TokenScores, token_scores
 from medreason_jax.train.losses import clipped_value_loss, dpo_loss, ppo_policy_loss
 
 Batch = dict[str, jax.Array]
@@ -51,10 +52,10 @@ class Scorer:
     def hidden(self, params: Params, batch: Batch) -> jax.Array:
         return self.network.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
 
-    def logprobs(self, params: Params, batch: Batch, h_BTD=None) -> tuple[jax.Array, jax.Array]:
-        """(log-prob, entropy) of the targets, [B, T] float32."""
+    def scores(self, params: Params, batch: Batch, h_BTD=None) -> TokenScores:
+        """Of the targets, [B, T] float32."""
         h_BTD = self.hidden(params, batch) if h_BTD is None else h_BTD
-        return token_logprobs(
+        return token_scores(
             h_BTD,
             self.network.vocabulary_kernel(params),
             batch["targets"],
@@ -64,22 +65,56 @@ class Scorer:
         )
 
 
-def language_modelling(scorer: Scorer) -> Objective:
-    """CPT and SFT: mean negative log-likelihood over the targets of the global batch."""
+@struct.dataclass
+class Policy:
+    """The trained model and the one before training, from what is trained and what is frozen.
 
-    def sums(params, frozen, batch):
-        logp_BT, _ = scorer.logprobs(params, batch)
-        return {"nll": -jnp.sum(logp_BT * batch["weights"])}, {}
+    Whole models are trained themselves and `frozen["reference"]` is their copy; an adapter is
+    trained over `frozen["base"]`, which without it is the reference.
+    """
 
-    return Objective(lambda batch: {"nll": jnp.sum(batch["weights"])}, sums, {"nll": 1.0})
+    scorer: Scorer = struct.field(pytree_node=False)
+    reference: Scorer = struct.field(pytree_node=False)
+    adapted: bool = struct.field(pytree_node=False)
+
+    def params(self, trainable: Params, frozen: Params) -> Params:
+        return with_adapter(frozen["base"], trainable) if self.adapted else trainable
+
+    def scores(self, trainable: Params, frozen: Params, batch: Batch) -> TokenScores:
+        return self.scorer.scores(self.params(trainable, frozen), batch)
+
+    def reference_logp(self, frozen: Params, batch: Batch) -> jax.Array:
+        params = frozen["base"] if self.adapted else frozen["reference"]
+        return self.reference.scores(params, batch).logp
 
 
-def preference(scorer: Scorer, beta: float, alpha: float) -> Objective:
+def language_modelling(policy: Policy, z_loss: float = 0.0) -> Objective:
+    """CPT and SFT: mean negative log-likelihood over the targets of the global batch.
+
+    `z_loss` x the mean of (log Z)^2 is added (arXiv 2204.02311, 5).
+    """
+
+    def weights(batch):
+        tokens = jnp.sum(batch["weights"])
+        return {"nll": tokens, "z": tokens} if z_loss > 0 else {"nll": tokens}
+
+    def sums(trainable, frozen, batch):
+        scores, mask_BT = policy.scores(trainable, frozen, batch), batch["weights"]
+        losses = {"nll": -jnp.sum(scores.logp * mask_BT)}
+        if z_loss > 0:
+            losses["z"] = jnp.sum(scores.log_norm**2 * mask_BT)
+        correct = jnp.sum(scores.correct * mask_BT)
+        return losses, {"token_accuracy": (correct, jnp.sum(mask_BT))}
+
+    return Objective(weights, sums, {"nll": 1.0, "z": z_loss})
+
+
+def preference(policy: Policy, beta: float, alpha: float) -> Objective:
     """RPO: DPO plus alpha x the length-normalised NLL of the chosen answer (arXiv 2404.19733, eq.
     1).
 
     A row packs whole pairs: segment 2p+1 is the chosen and 2p+2 the rejected answer of pair p, and
-    `pairs` [B, P] is 1 where the pair exists. `frozen` is the reference policy. alpha 0 is DPO.
+    `pairs` [B, P] is 1 where the pair exists. alpha 0 is DPO.
     """
 
     def weights(batch):
@@ -92,9 +127,9 @@ def preference(scorer: Scorer, beta: float, alpha: float) -> Objective:
         sums_BS = jnp.einsum("bt,bts->bs", logp_BT, member_BTS)
         return sums_BS[:, 1::2], sums_BS[:, 2::2], jnp.sum(member_BTS, axis=1)[:, 1::2]
 
-    def sums(params, frozen, batch):
-        logp_BT, _ = scorer.logprobs(params, batch)
-        reference_BT, _ = scorer.logprobs(frozen, batch)
+    def sums(trainable, frozen, batch):
+        logp_BT = policy.scores(trainable, frozen, batch).logp
+        reference_BT = policy.reference_logp(frozen, batch)
         chosen_BP, rejected_BP, length_BP = per_segment(logp_BT, batch)
         ref_chosen_BP, ref_rejected_BP, _ = per_segment(reference_BT, batch)
         pairs_BP = batch["pairs"]
@@ -113,7 +148,7 @@ def preference(scorer: Scorer, beta: float, alpha: float) -> Objective:
     return Objective(weights, sums, {"dpo": 1.0, "nll": alpha})
 
 
-def proximal_policy(scorer: Scorer, clip: float, value_clip: float, value_coef: float) -> Objective:
+def proximal_policy(policy: Policy, clip: float, value_clip: float, value_coef: float) -> Objective:
     """PPO (arXiv 1707.06347): clipped policy loss and clipped value loss over response tokens.
 
     trainable = {"policy", "critic"}; the critic is a linear score of the policy's hidden states,
@@ -124,11 +159,13 @@ def proximal_policy(scorer: Scorer, clip: float, value_clip: float, value_coef: 
         tokens = jnp.sum(batch["weights"])
         return {"policy": tokens, "value": tokens}
 
-    def sums(params, frozen, batch):
+    def sums(trainable, frozen, batch):
         mask_BT = batch["weights"]
-        h_BTD = scorer.hidden(params["policy"], batch)
-        logp_BT, entropy_BT = scorer.logprobs(params["policy"], batch, h_BTD)
-        values_BT = score(params["critic"], jax.lax.stop_gradient(h_BTD))[..., 0]
+        params = policy.params(trainable["policy"], frozen)
+        h_BTD = policy.scorer.hidden(params, batch)
+        scores = policy.scorer.scores(params, batch, h_BTD)
+        logp_BT, entropy_BT = scores.logp, scores.entropy
+        values_BT = score(trainable["critic"], jax.lax.stop_gradient(h_BTD))[..., 0]
         policy_BT, clipped_BT = ppo_policy_loss(
             logp_BT, batch["old_logp"], batch["advantages"], clip
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -113,6 +114,20 @@ def rate_scales(params, rates: Sequence[Rate]):
     return tree
 
 
+def adam(b1: float, b2: float, eps: float, mu_dtype, nu_dtype) -> optax.GradientTransformation:
+    """optax's, with the second moment too kept in a type of its own between the steps."""
+    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+    def stored(state, dtype):
+        return state._replace(nu=jax.tree.map(lambda x: x.astype(dtype), state.nu))
+
+    def update(gradients, state, params=None):
+        updates, state = inner.update(gradients, stored(state, jnp.float32), params)
+        return updates, stored(state, nu_dtype)
+
+    return optax.GradientTransformation(lambda p: stored(inner.init(p), nu_dtype), update)
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     *,
@@ -120,6 +135,9 @@ def make_optimizer(
     b2: float,
     weight_decay: float,
     clip_norm: float,
+    eps: float = 1e-8,
+    mu_dtype=jnp.float32,
+    nu_dtype=jnp.float32,
     rates: Sequence[Rate] = (),
 ) -> optax.GradientTransformation:
     """Freeze, clip by global norm, Adam, decoupled decay, schedule, each parameter's rate scale."""
@@ -138,7 +156,7 @@ def make_optimizer(
     return optax.chain(
         optax.GradientTransformation(init, freeze),
         optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(b1=b1, b2=b2),
+        adam(b1, b2, eps, mu_dtype, nu_dtype),
         optax.add_decayed_weights(
             weight_decay, mask=lambda p: match_rules(p, DECAY_RULES, "decay")
         ),

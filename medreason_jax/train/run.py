@@ -1,35 +1,30 @@
-"""A training stage from its config to its manifest: the one owner of side effects."""
+"""The run of a training stage on disk and among processes: the one owner of side effects."""
 
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from medreason_jax.checkpoint import StateCheckpoints, abstract_like, remove_states
-from medreason_jax.config import (
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    check_unchanged,
-    save_yaml,
-)
+from medreason_jax.config import ProfileConfig, RunConfig, SourceConfig, TrainConfig
+from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.data.dataset import Batches, Source
 from medreason_jax.data.prepare import prepare
-from medreason_jax.manifest import MANIFEST, read_manifest, write_json
-from medreason_jax.mesh import Sharder, check_rows, gather_to_host, start_processes
+from medreason_jax.data.sources import open_records
+from medreason_jax.manifest import MANIFEST, write_json
+from medreason_jax.mesh import Sharder
 from medreason_jax.metrics import MetricLog
-from medreason_jax.qwen2.folder import save_model
+from medreason_jax.qwen2.folder import save_adapter, save_model
 from medreason_jax.qwen2.load import Loaded, load_model
-from medreason_jax.train.objectives import Objective, Scorer, language_modelling, preference
-from medreason_jax.train.optimizer import Rate, make_optimizer, make_schedule
-from medreason_jax.train.step import TrainState, init_state, make_train_step
+from medreason_jax.qwen2.lora import Lora
+from medreason_jax.qwen2.model import Params
+from medreason_jax.train.step import TrainState
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -41,31 +36,40 @@ class Stopped(RuntimeError):
 class Run:
     """The files of one stage's run: train states, metric log, clock; survives being killed."""
 
-    def __init__(self, folder: Path, checkpoint_every: int, fingerprint: str):
-        self.folder, self.every, self.fingerprint = folder, checkpoint_every, fingerprint
-        self.checkpoints = StateCheckpoints(folder / "states")
+    def __init__(self, config: RunConfig, fingerprint: str, keep_best: str | None = None):
+        self.config, self.folder, self.fingerprint = config, config.folder, fingerprint
+        self.checkpoints = StateCheckpoints(
+            config.folder / "states",
+            config.keep_last,
+            config.keep_every,
+            None if keep_best is None else (keep_best, "min"),
+        )
         self.main = jax.process_index() == 0
         self.before = 0.0  # seconds of earlier attempts, up to their last saved state
         self.stop_requested = False
+        self.restored: dict[str, Any] = {}  # what the checkpoint kept beside the state
         self.log: MetricLog | None = None
 
     def start(self, state: TrainState, sharder: Sharder) -> tuple[TrainState, int]:
         """The state to go on with and how many units (steps, iterations) it has behind it."""
-        done = self.checkpoints.latest()
-        if done is not None:
-            target = abstract_like(state, sharder.tree(state))
-            state, facts = self.checkpoints.restore(done, target)
-            if facts["fingerprint"] != self.fingerprint:
-                raise ValueError(
-                    f"{self.folder}: the data changed since the checkpoint (fingerprint "
-                    f"{facts['fingerprint']} then, {self.fingerprint} now); use a new run folder"
-                )
-            self.before = facts["seconds"]
-        done = 0 if done is None else done
+        restored = self.checkpoints.restore_latest(abstract_like(state, sharder.tree(state)))
+        done = 0
+        if restored is not None:
+            done, state, self.restored = restored
+            self._check_fingerprint(self.restored["fingerprint"])
+            self.before = self.restored["seconds"]
         self.log = MetricLog(self.folder, done, self.main)
         self.clock = time.monotonic()
-        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        if jax.process_count() == 1:  # else the coordinator of the processes has its own handler
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
         return state, done
+
+    def _check_fingerprint(self, before: str) -> None:
+        if before != self.fingerprint and "data" not in self.config.accept_changes:
+            raise ValueError(
+                f"{self.folder}: the data changed since the checkpoint (fingerprint {before} then, "
+                f"{self.fingerprint} now); use a new run folder, or accept_changes: [data]"
+            )
 
     def _ask_to_stop(self, *_):
         self.stop_requested = True
@@ -74,36 +78,47 @@ class Run:
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.clock
 
-    def write(self, unit: int, metrics: dict[str, Any]) -> None:
+    def write(self, unit: int, metrics: dict[str, Any], pace: dict[str, Any]) -> None:
+        """`metrics` are repeated by a resumed run, `pace` is not: it is for TensorBoard alone."""
         assert self.log is not None
-        self.log.write(unit, metrics)
+        self.log.write(unit, metrics, pace)
 
-    def stop_agreed(self) -> bool:
+    def stop_agreed(self, unit: int) -> bool:
         """Whether any process was asked to stop; called once a unit by all of them."""
         if jax.process_count() == 1:
             return self.stop_requested
         from jax.experimental import multihost_utils
 
-        flags = multihost_utils.process_allgather(jnp.int32(self.stop_requested))
-        return bool(flags.max())
+        return multihost_utils.reached_preemption_sync_point(unit)
 
-    def keep(self, unit: int, state: TrainState, total: int, stop: bool) -> None:
-        """Save by cadence; when stopping, save and stop."""
-        if (unit % self.every == 0 and unit < total) or stop:
-            facts = {"fingerprint": self.fingerprint, "seconds": self.seconds}
-            self.checkpoints.save(unit, state, facts)
-        if stop:
-            self.checkpoints.close()
-            raise Stopped(
-                f"stopped at {unit} of {total}, saved in {self.folder}; run it again to go on"
-            )
+    def is_due(self, unit: int, total: int) -> bool:
+        return unit % self.config.checkpoint_every == 0 and unit < total
 
-    def finish(self, params, model: Loaded, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write the model folder, then the manifest that makes the stage done."""
+    def keep(
+        self, unit: int, state: TrainState, facts: dict[str, Any], scores: dict[str, float]
+    ) -> None:
+        facts = {**facts, "fingerprint": self.fingerprint, "seconds": self.seconds}
+        self.checkpoints.save(unit, state, facts, scores)
+
+    def stop(self, unit: int, total: int) -> None:
+        """End in a state that the same command goes on from."""
+        self.checkpoints.close()
+        raise Stopped(
+            f"stopped at {unit} of {total}, saved in {self.folder}; run it again to go on"
+        )
+
+    def finish(
+        self, params: Params, model: Loaded, lora: Lora | None, facts: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write the model (or adapter) folder, then the manifest that makes the stage done."""
         assert self.log is not None
         self.log.close()
         self.checkpoints.close()
-        save_model(self.folder / "model", params, model.description, model.tokenizer)
+        folder = self.folder / "model"
+        if lora is None:
+            save_model(folder, params, model.description, model.tokenizer)
+        else:
+            save_adapter(folder, params, lora, self.config.model)
         manifest = {**facts, "model": "model", "seconds": round(self.seconds, 1)}
         if self.main:
             write_json(self.folder / MANIFEST, manifest)
@@ -112,23 +127,39 @@ class Run:
         return manifest
 
 
-def optimizer_of(config: OptimizerConfig, steps: int, rates: Sequence[Rate] = ()):
-    warmup = int(config.warmup_ratio * steps)
-    schedule = make_schedule(
-        config.schedule, config.learning_rate, steps, warmup, config.final_ratio
-    )
-    optimizer = make_optimizer(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        rates=[*(Rate(rule.pattern, rule.scale, rule.layers) for rule in config.rates), *rates],
-    )
-    return optimizer, schedule
+class Trace:
+    """A profiler trace of chosen steps, for TensorBoard, in `profile/`."""
+
+    def __init__(self, settings: ProfileConfig | None, folder: Path):
+        self.settings, self.folder, self.running = settings, folder / "profile", False
+
+    def before(self, unit: int) -> None:
+        if self.settings is not None and unit == self.settings.first_step:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, unit: int) -> None:
+        if self.settings is None or not self.running:
+            return
+        if unit == self.settings.first_step + self.settings.steps - 1:
+            jax.profiler.stop_trace()
+            self.running = False
+
+    def close(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+
+
+def synchronise(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def load_for_training(config: RunConfig) -> Loaded:
+    """The model that a stage starts from; an adapter of the stage before is added to its base."""
     model = load_model(
         config.model,
         config.mesh,
@@ -137,17 +168,18 @@ def load_for_training(config: RunConfig) -> Loaded:
         unroll=config.unroll,
         attention=config.attention,
     )
-    if model.lora is not None:
-        raise ValueError(
-            f"model={config.model} is an adapter; add it to its base first: medreason export "
-            f"--merged {config.model} MERGED"
-        )
-    return model
+    model.check_language_model()
+    return model.merged()
 
 
 def resolved(config: C, model: Loaded) -> C:
     """The config with the attention kernel that `auto` became."""
     return config.model_copy(update={"attention": model.network.compute.attention.name})
+
+
+def way_to(config: RunConfig) -> str:
+    """From the stage's folder to the model that it started from: a run can be moved whole."""
+    return os.path.relpath(config.model.resolve(), config.folder.resolve())
 
 
 def halt_if_broken(metrics: dict[str, Any], unit: int, folder: Path) -> None:
@@ -173,96 +205,44 @@ def progress_bar(label: str, total: int, done: int) -> tqdm:
     )
 
 
-def train_stage(config: TrainConfig) -> dict[str, Any]:
-    """Run (or go on with) a CPT, SFT or preference stage; returns its manifest."""
-    start_processes(config.folder)
-    check_unchanged(config, config.folder / "config.yaml")
-    finished = read_manifest(config.folder)
-    if finished is not None:
-        return finished
-    model = load_for_training(config)
-    model.check_length(config.length)
-    check_rows(model.mesh, "batch_rows", config.batch_rows, config.accumulation)
-    facts, batches = prepare_sources(config, model)
-    steps = _step_count(config, facts)
-    objective, frozen = _objective(config, model)
-    optimizer, schedule = optimizer_of(config.optimizer, steps)
-    state = init_state(model.params, optimizer)
-    step = make_train_step(objective, optimizer, model.sharder, state, config.accumulation)
-
-    if jax.process_index() == 0:
-        save_yaml(resolved(config, model), config.folder / "config.yaml")
-    run = Run(config.folder, config.checkpoint_every, batches.fingerprint)
-    state, done = run.start(state, model.sharder)
-    bar = progress_bar(config.folder.name, steps, done)
-    pending: tuple[int, dict[str, Any]] | None = None
-
-    def report(unit: int, metrics: dict[str, Any]) -> None:
-        """Read a step's metrics while the next one runs."""
-        values = {name: float(value) for name, value in gather_to_host(metrics).items()}
-        halt_if_broken(values, unit, config.folder)
-        del values["halted"]
-        run.write(unit, {**values, "learning_rate": float(schedule(unit - 1))})
-        bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
-        bar.update(1)
-
-    for unit in range(done + 1, steps + 1):
-        batch = batches.global_batch(unit - 1, model.mesh)
-        state, metrics = step(state, frozen, batch)
-        if pending is not None:
-            report(*pending)
-        pending, stop = (unit, metrics), run.stop_agreed()
-        if unit % config.checkpoint_every == 0 or stop:
-            report(*pending)  # a state is saved only after its step was found good
-            pending = None
-        run.keep(unit, state, steps, stop)
-    if pending is not None:
-        report(*pending)
-    bar.close()
-    summary = {"kind": config.kind, "steps": steps, "parent": str(config.model), "data": facts}
-    return run.finish(state.params, model, summary)
-
-
-def prepare_sources(config: TrainConfig, model: Loaded) -> tuple[list[dict[str, Any]], Batches]:
-    """Every source prepared (by the first process) and opened."""
+def prepare_sources(
+    config: TrainConfig, tokenizer: ChatTokenizer
+) -> tuple[list[dict[str, Any]], Batches]:
+    """Every source prepared (by the first process) and opened; facts of each, and the batches."""
     facts, sources = [], []
     for number, source in enumerate(config.sources):
         folder = config.folder / "prepared" / f"{number}-{source.path.stem}"
-        arguments: dict[str, Any] = {
-            "length": config.length,
-            "pairs_per_row": None if config.preference is None else config.preference.pairs_per_row,
-            "seed": config.seed,
-            "folder": folder,
-        }
-        _first_process_first(
-            lambda s=source, a=arguments: prepare(s.path, s.kind, model.tokenizer, **a)
-        )
-        facts.append(prepare(source.path, source.kind, model.tokenizer, **arguments))
+        facts.append(prepare_source(config, source, tokenizer, folder))
         sources.append(Source(folder, source.weight))
     return facts, Batches(sources, config.batch_rows, config.seed)
 
 
-def _first_process_first(action: Callable[[], Any]) -> None:
+def prepare_source(
+    config: TrainConfig, source: SourceConfig, tokenizer: ChatTokenizer, folder: Path
+) -> dict[str, Any]:
+    """Prepared by the first process, while the others wait; returns the folder's facts."""
+    records = open_records(
+        source.path,
+        hub=source.hub,
+        subset=source.subset,
+        split=source.split,
+        revision=source.revision,
+        columns=source.columns,
+    )
+
+    def run() -> dict[str, Any]:
+        return prepare(
+            records,
+            source.kind,
+            tokenizer,
+            length=config.length,
+            reset=source.reset,
+            pairs_per_row=None if config.preference is None else config.preference.pairs_per_row,
+            seed=config.seed,
+            folder=folder,
+        )
+
     if jax.process_index() == 0:
-        action()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("prepared")
-
-
-def _step_count(config: TrainConfig, facts: list[dict[str, Any]]) -> int:
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    share = config.sources[0].weight / sum(source.weight for source in config.sources)
-    return max(math.ceil(config.epochs * facts[0]["rows"] / share / config.batch_rows), 1)
-
-
-def _objective(config: TrainConfig, model: Loaded) -> tuple[Objective, Any]:
-    """The objective, and what it needs frozen: the reference policy for preferences."""
-    scorer: Scorer = model.scorer(config.head_chunk)
-    if config.preference is not None:
-        reference = jax.tree.map(jnp.copy, model.params)  # the trained copy is donated
-        return preference(scorer, config.preference.beta, config.preference.alpha), reference
-    return language_modelling(scorer), None
+        run()
+    synchronise(f"prepared {folder.name}")
+    return run()

@@ -32,6 +32,9 @@ def make_train_step(
 ):
     """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
 
+    Metrics: loss, grad_norm, the objective's own, tokens (that are not padding), and attended, the
+    sum of the squared lengths of what attention sees (`speed.training_flops`).
+
     `batch` holds arrays [B, ...] with B a multiple of accumulation x batch shards. `frozen` takes
     no gradient. The update is skipped, and `halted` set, when loss or gradient are not finite.
     """
@@ -80,6 +83,9 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": norm, "halted": ~good}
         metrics |= {f"loss_{name}": value for name, value in losses.items() if len(losses) > 1}
         metrics |= {name: s / jnp.maximum(w, 1.0) for name, (s, w) in sums.items()}
+        real_BT = batch["segments"] > 0
+        metrics["tokens"] = jnp.sum(real_BT)
+        metrics["attended"] = jnp.sum(jnp.where(real_BT, 2.0 * batch["positions"] + 1.0, 0.0))
         return new_state, metrics
 
     shardings = sharder.tree(state)

@@ -1,15 +1,16 @@
 """Conversations equal `transformers`' own, except that a special token in a text is text."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medreason_jax.data.chat import ANSWER_ONLY, ChatTokenizer, reasoning_text
-from medreason_jax.data.tokenizer_training import train_tokenizer
 
 REAL = "qwen2.5-tokenizer"
 ASK = {"role": "user", "content": "How often?"}
@@ -79,13 +80,6 @@ def theirs(folder: Path, messages, tools=None, *, generation=True) -> list[int]:
     return transformers_tokenizer(folder).apply_chat_template(
         messages, tools=tools, add_generation_prompt=generation, return_dict=False
     )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["Velotan is given 2 times a day.\n"] * 20, 340, "Be brief.", folder)
-    return ChatTokenizer(folder)
 
 
 def with_template(tokenizer: ChatTokenizer, folder: Path, template: str) -> ChatTokenizer:
@@ -172,12 +166,16 @@ def test_a_conversation_is_chatml_cut_where_generation_starts(
     tokenizer, messages, thinking, response
 ):
     """Against ChatML built by hand; the generation prompt is a prefix of the row."""
-    expected = []
+    expected, counts = [], []
+    opening = len(tokenizer.encode("assistant\n"))
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "Be brief."}, *messages]
     for message in messages:
         text = tokenizer.encode(f"{message['role']}\n{message['content']}")
         expected += [tokenizer.start_id, *text, tokenizer.end_id, *tokenizer.encode("\n")]
+        answer = message["role"] == "assistant"  # earlier answers and their ends count too
+        counts += [False] * (1 + opening) + [answer] * (len(text) - opening + 1)
+        counts += [False] * (len(expected) - len(counts))
     expected += [tokenizer.start_id, *tokenizer.encode("assistant\n")]
     assert tokenizer.prompt(messages, response) == expected + tokenizer.encode(response)
     prefix, answer = "", reasoning_text(thinking, response)
@@ -187,7 +185,74 @@ def test_a_conversation_is_chatml_cut_where_generation_starts(
     row, prompt = tokenizer.conversation(messages, thinking, response), expected
     assert tokenizer.prompt(messages, prefix) == prompt
     assert row.ids == [*prompt, *tokenizer.encode(answer), tokenizer.end_id]
-    assert row.is_target == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
+    given = [False] * (len(prompt) - len(counts))
+    assert row.is_target == counts + given + [True] * (len(row.ids) - len(prompt))
+
+
+def answered(text):
+    """Conversations whose last turn is the assistant's."""
+    answer = st.fixed_dictionaries({"role": st.just("assistant"), "content": text})
+    return st.tuples(turns(text), answer).map(lambda parts: [*parts[0], parts[1]])
+
+
+@PROPERTY
+@given(answered(PLAIN))
+def test_whole_turns_are_those_of_transformers_and_every_answer_counts(real_data, messages):
+    """By decoding: what counts is each answer and its end, and nothing else."""
+    tokenizer = real_tokenizer(real_data)
+    row = tokenizer.chat(messages)
+    prompt = tokenizer.prompt(messages[:-1])
+    assert row.ids[: len(prompt)] == prompt
+    whole = theirs(real_data / REAL, messages, generation=False)
+    assert written(tokenizer, list(row.ids)) == written(tokenizer, whole[:-1])
+    targets = [i for i, counts in zip(row.ids, row.is_target, strict=True) if counts]
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert targets.count(tokenizer.end_id) == len(answers)
+    text = written(tokenizer, targets).split("<|im_end|>")
+    for found, answer in zip(text, answers, strict=False):
+        # leading white space of an earlier answer joins the newline before it, and is given
+        assert found.lstrip() == normalize("NFC", answer).lstrip()
+
+
+def test_each_turn_of_a_chat_trains_what_its_own_prompt_would_generate(real_data):
+    tokenizer = real_tokenizer(real_data)
+    messages = [ASK, CALL, {"role": "tool", "content": "24"}]
+    messages += [{"role": "assistant", "content": "Once."}, {**ASK, "content": "Sure?"}]
+    messages += [{"role": "assistant", "content": "Yes <|im_end|>, once a day."}]
+    row = tokenizer.chat(messages, tools=[TOOL])
+    flags = list(row.is_target)
+    for k in (1, 3, 5):
+        prompt = tokenizer.prompt(messages[:k], tools=[TOOL])
+        assert row.ids[: len(prompt)] == prompt and not flags[len(prompt) - 1]
+        length = flags[len(prompt) :].index(False) if False in flags[len(prompt) :] else None
+        answer = list(row.ids[len(prompt) :][:length])
+        assert answer[-1] == tokenizer.end_id and answer.count(tokenizer.end_id) == 1
+        content = messages[k]["content"] if "content" in messages[k] else "<tool_call>"
+        assert content in written(tokenizer, answer[:-1])
+
+
+def test_pairs_count_only_their_own_answers(tokenizer):
+    asked = [ASK, {"role": "assistant", "content": "Hm."}, ASK]
+    every = tokenizer.encode_items([tokenizer.answer_pieces(asked, "a", "b")])[0]
+    own = tokenizer.encode_items([tokenizer.answer_pieces(asked, "a", "b", earlier_turns=False)])[0]
+    assert (every.ids == own.ids).all()
+    prompt = len(tokenizer.prompt(asked))
+    assert not own.is_target[:prompt].any() and own.is_target[prompt:].all()
+    assert every.is_target[:prompt].sum() == len(tokenizer.encode("Hm.")) + 1
+
+
+def test_a_template_that_drops_earlier_answers_gets_no_loss_on_them(tokenizer, tmp_path):
+    ours = with_template(
+        tokenizer,
+        tmp_path,
+        "{% for m in messages %}{% if m.role != 'assistant' %}" + TURN + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    )
+    asked = [ASK, {"role": "assistant", "content": "Hm."}, ASK]
+    with pytest.raises(ValueError, match="before every answer"):
+        ours.conversation(asked, "a", "b")
+    with pytest.raises(ValueError, match="no message is the assistant's"):
+        ours.chat([ASK])
 
 
 @PROPERTY
@@ -292,6 +357,8 @@ def test_what_a_template_refuses_is_refused_with_its_words(tokenizer, tmp_path):
         ({"role": "assistant"}, "the assistant's content is None"),
         ({**CALL, "tool_calls": [{"name": "bmi", "arguments": "{}"}]}, "not as its JSON text"),
         ({**CALL, "tool_calls": [{"function": {"name": "bmi"}}]}, "tool_calls is"),
+        ({**CALL, "tool_calls": 5}, "tool_calls is 5"),
+        ({**CALL, "tool_calls": {"a": 1}}, "tool_calls is {'a': 1}"),
     ],
 )
 def test_a_message_outside_the_contract_is_refused(tokenizer, message, said):
@@ -302,8 +369,15 @@ def test_a_message_outside_the_contract_is_refused(tokenizer, message, said):
 def test_an_empty_conversation_and_tools_of_another_kind_are_refused(tokenizer):
     with pytest.raises(ValueError, match="messages is empty"):
         tokenizer.prompt([])
-    with pytest.raises(ValueError, match="tools is 'bmi'"):
-        tokenizer.prompt([ASK], tools="bmi")  # pyright: ignore[reportArgumentType]
+    for tools, said in (("bmi", "tools is 'bmi'"), (5, "tools is 5"), (["bmi"], "tools is")):
+        with pytest.raises(ValueError, match=said):
+            tokenizer.prompt([ASK], tools=tools)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("messages", ["hi", 5, None, ASK, ["hi"], [ASK, None]])
+def test_messages_that_are_no_list_of_objects_are_refused(tokenizer, messages):
+    with pytest.raises(ValueError, match=r"messages is .*; allowed: a list of objects"):
+        tokenizer.prompt(messages)
 
 
 def test_tools_that_the_template_would_drop_are_refused(tokenizer):
@@ -363,3 +437,44 @@ def test_a_folder_without_one_chat_template_is_refused(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="no one chat template"):
         ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", b"{}", "is no file of the tokenizers library"),
+        ("tokenizer.json", b"\xff", "is no file of the tokenizers library"),
+        ("tokenizer_config.json", b"{", "is not JSON"),
+        ("tokenizer_config.json", b"[]", "not a JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": "a\\n{% if %}"}', "line 2 of the chat temp"),
+        ("chat_template.jinja", b"{% if %}", "line 1 of the chat template is broken"),
+        ("chat_template.jinja", b"{{ 'a' | nofilter }}", "No filter named 'nofilter'"),
+        ("chat_template.jinja", b"\xff", "is not UTF-8"),
+    ],
+)
+def test_a_broken_file_of_a_tokenizer_is_named(tokenizer, tmp_path, name, content, words):
+    tokenizer.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}.*{words}"):
+        ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_missing_file_of_a_tokenizer_is_named(tokenizer, tmp_path, name):
+    tokenizer.save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / name} does not exist")):
+        ChatTokenizer(tmp_path)
+
+
+def test_the_vocabulary_reaches_to_the_last_id_over_gaps(tokenizer, tmp_path):
+    assert tokenizer.vocab_size == tokenizer.tokenizer.get_vocab_size()
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    last = max(vocab, key=vocab.get)
+    vocab[last] += 50
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    gapped = ChatTokenizer(tmp_path)
+    assert gapped.tokenizer.get_vocab_size() == tokenizer.vocab_size
+    assert gapped.vocab_size == tokenizer.vocab_size + 50

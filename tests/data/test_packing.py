@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medreason_jax.data.chat import Encoded
-from medreason_jax.data.packing import first_fit, pack_items, pack_pairs, split_document
+from medreason_jax.data.packing import first_fit, make_row, pack_items, pack_pairs, split_document
+
+PAD = 0
+
+
+def documents(lengths: list[int]) -> list[Encoded]:
+    """Documents in which no token stands twice, each ending with the separator."""
+    starts = np.cumsum([1, *lengths[:-1]])
+    texts = [[*range(s, s + n - 1), PAD] for s, n in zip(starts, lengths, strict=True)]
+    return [Encoded(text, [True] * len(text)) for text in texts]
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(0, 5))
@@ -16,26 +25,50 @@ def test_first_fit_places_every_item_once_within_capacity(lengths, seed):
     assert all(sum(lengths[item] for item in row) <= 50 for row in rows)
 
 
+@given(st.lists(st.integers(2, 100), min_size=1, max_size=40), st.booleans(), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_every_token_of_every_document_is_predicted_once(lengths, reset, seed):
+    """Also of documents longer than a row; only a document's first token is never predicted."""
+    whole = documents(lengths)
+    pieces = [piece for item in whole for piece in split_document(item, 32)]
+    rows = list(pack_items(pieces, 32, PAD, seed, reset=reset))
+    predicted = np.concatenate([row["targets"][row["weights"] > 0] for row in rows])
+    assert sorted(predicted) == sorted(token for item in whole for token in item.ids[1:])
+    used = sum((row["segments"] > 0).sum() for row in rows)
+    assert used == sum(len(piece.ids) for piece in pieces)
+    assert used == sum(lengths) + len(pieces) - len(whole)  # a cut repeats one token, uncounted
+    for row in rows:  # a target is the next token of the same document
+        at = np.flatnonzero(row["weights"])
+        assert (row["targets"][at] == row["tokens"][at + 1]).all()
+        assert (row["segments"][at] == row["segments"][at + 1]).all()
+
+
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=40))
 @settings(max_examples=30, deadline=None)
-def test_packed_rows_hold_each_token_once(lengths):
-    items, start = [], 1
-    for n in lengths:
-        items.append(Encoded(list(range(start, start + n)), [True] * n))
-        start += n
-    rows = pack_items(items, 32, 0, seed=0)
-    tokens = np.concatenate([row["tokens"][row["segments"] > 0] for row in rows])
-    assert sorted(tokens) == list(range(1, start))
-    assert sum(row["weights"].sum() for row in rows) == sum(n - 1 for n in lengths)
-    for row in rows:  # a target is the next token of the same item
-        counted = np.flatnonzero(row["weights"])
-        assert (row["targets"][counted] == row["tokens"][counted + 1]).all()
-        assert (row["segments"][counted] == row["segments"][counted + 1]).all()
+def test_rows_without_a_reset_differ_in_segments_and_positions_only(lengths):
+    items = documents(lengths)
+    alone = pack_items(items, 32, PAD, seed=1)
+    joined = pack_items(items, 32, PAD, seed=1, reset=False)
+    for restarting, going_on in zip(alone, joined, strict=True):
+        for name in ("tokens", "targets", "weights"):
+            assert (restarting[name] == going_on[name]).all()
+        used = int((restarting["segments"] > 0).sum())
+        assert (going_on["segments"] == [1] * used + [0] * (32 - used)).all()
+        assert (going_on["positions"] == [*range(used)] + [0] * (32 - used)).all()
+        starts = restarting["positions"][:used] == 0
+        assert starts.sum() == restarting["segments"].max()
+        assert (restarting["segments"][:used] == np.cumsum(starts)).all()
+
+
+def test_an_item_counts_only_what_it_marks():
+    row = make_row([Encoded([7, 8, 9], [False, False, True])], 5, PAD)
+    assert row["weights"].tolist() == [0, 1, 0, 0, 0]
+    assert row["targets"].tolist() == [8, 9, PAD, PAD, PAD]
 
 
 def test_pairs_stand_as_neighbouring_segments():
     item = lambda n: Encoded([5] * n, [True] * n)  # noqa: E731
-    rows = pack_pairs([(item(3), item(4))] * 5, 20, 0, per_row=2, seed=0)
+    rows = list(pack_pairs([item(3), item(4)] * 5, 20, PAD, per_row=2, seed=0))
     assert sum(row["pairs"].sum() for row in rows) == 5
     first = rows[0]
     assert [int((first["segments"] == s).sum()) for s in (1, 2, 3, 4)] == [3, 4, 3, 4]

@@ -27,7 +27,7 @@ def test_sampled_logprobs_equal_the_training_forward():
     done = engine.generate(params, prompts(), sampling, seed=1)
     rows = {name: jnp.asarray(x) for name, x in rollout_rows(prompts(), done, 48, 0).items()}
     scorer = scorer.replace(temperature=0.7)
-    logp, _ = scorer.logprobs(params, rows)
+    logp = scorer.scores(params, rows).logp
     gap = jnp.abs(logp - rows["sampled_logp"]) * rows["weights"]
     assert float(gap.max()) < 1e-4
     assert int(rows["weights"].sum()) == sum(len(c.ids) for c in done)

@@ -78,7 +78,13 @@ def test_equal_scalings_hash_alike():
         ({"attention_factor": -1.0}, "attention_factor=-1.0"),
         ({"beta_fast": 0}, "beta_fast=0"),
         ({"beta_slow": 40.0}, "beta_fast=32.0 is below its beta_slow=40.0"),
+        ({"factor": math.nan}, "factor=nan"),
+        ({"factor": 10**400}, "should be a number"),
+        ({"original_max_position_embeddings": 128.0}, "128.0 should be a whole number"),
+        ({"original_max_position_embeddings": None}, "None should be a whole number"),
+        ({"beta_slow": None}, "beta_slow=None should be a number"),
         ({"mscale": "1"}, "mscale='1'"),
+        ({"mscale_all_dim": -10.0, "mscale": 1.0}, "mscale_all_dim=-10.0 should be 0"),
         ({"truncate": None}, "truncate=None"),
     ],
 )

@@ -1,6 +1,7 @@
 """Architectures read from config.json: the published ones, `transformers`' own, the refused."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 
 from medreason_jax.qwen2.rope import Yarn, rope_frequencies
 from medreason_jax.qwen2.sizes import (
+    DEFAULT_DTYPE,
+    LANGUAGE_MODEL,
     REQUIRED,
+    Labels,
     config_fields,
     read_architecture,
     read_config_file,
@@ -22,7 +26,7 @@ from tests.tiny import FIELDS
 MODELS = Path(__file__).parents[2] / "configs/models"
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 CLASSIFIERS = ["Qwen2ForSequenceClassification", "Qwen2ForTokenClassification"]
-ARCHITECTURES = ["Qwen2ForCausalLM", *CLASSIFIERS]
+ARCHITECTURES = [LANGUAGE_MODEL, *CLASSIFIERS]
 NEW_FIELDS = {name: value for name, value in FIELDS.items() if name != "rope_theta"}
 
 
@@ -33,7 +37,11 @@ def transformers():
     return pytest.importorskip("transformers", reason=reason)
 
 
-def saved_fields(transformers, folder, architecture="Qwen2ForCausalLM", **fields):
+def unnamed(count: int) -> Labels:
+    return Labels(tuple(f"LABEL_{label}" for label in range(count)))
+
+
+def saved_fields(transformers, folder, architecture=LANGUAGE_MODEL, **fields):
     """The config.json that `transformers` writes beside a tiny bfloat16 model's weights."""
     config = transformers.Qwen2Config(**{**FIELDS, **fields})
     getattr(transformers, architecture)(config).bfloat16().save_pretrained(folder)
@@ -55,14 +63,14 @@ def test_the_14_models_have_the_published_sizes_and_parameter_counts(real_data):
         assert sizes.parameter_count == fields["_param_count"], name
         assert sizes.max_length == fields["max_position_embeddings"], name
         assert weights_dtype(fields) == "bfloat16", name
-        assert read_architecture(fields) == ("Qwen2ForCausalLM", None), name
+        assert read_architecture(fields) == (LANGUAGE_MODEL, None), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_folder_that_transformers_saved_is_read(transformers, architecture, tmp_path):
     fields = saved_fields(transformers, tmp_path, architecture, num_labels=3)
     assert read_sizes(fields) == read_sizes(FIELDS)
-    labels = None if architecture == "Qwen2ForCausalLM" else 3
+    labels = None if architecture == LANGUAGE_MODEL else unnamed(3)
     assert read_architecture(fields) == (architecture, labels)
     assert weights_dtype(fields) == "bfloat16"
 
@@ -79,7 +87,17 @@ def test_what_is_implemented_may_be_spelled_out():
     assert read_sizes({**FIELDS, "partial_rotary_factor": 1.0}) == read_sizes(FIELDS)
 
 
-@pytest.mark.parametrize("labels", [1, 2, 5])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        unnamed(1),
+        unnamed(2),
+        Labels(("wrong", "right", "unscored"), "single_label_classification"),
+        Labels(("score",), "regression"),
+        Labels(tuple(f"{n}" for n in reversed(range(12)))),
+    ],
+    ids=lambda labels: f"{labels.names[0]}-{len(labels.names)}",
+)
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
 def test_transformers_reads_back_the_classifier_that_is_written(
     transformers, architecture, labels, tmp_path
@@ -88,13 +106,19 @@ def test_transformers_reads_back_the_classifier_that_is_written(
     fields = config_fields(sizes, 3, 4, "bfloat16", architecture=architecture, labels=labels)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert (config.num_labels, str(config.dtype)) == (labels, "torch.bfloat16")
+    assert (config.num_labels, str(config.dtype)) == (len(labels.names), "torch.bfloat16")
+    assert (config.id2label, config.problem_type) == (
+        dict(enumerate(labels.names)),
+        labels.problem_type,
+    )
     assert (config.eos_token_id, config.pad_token_id) == (3, 4)
     assert config.architectures == [architecture]
     assert read_sizes(fields) == sizes
     assert read_architecture(fields) == (architecture, labels)
     assert weights_dtype(fields) == "bfloat16"
-    saved = saved_fields(transformers, tmp_path / "saved", architecture, num_labels=labels)
+    named = {"id2label": config.id2label, "label2id": config.label2id}
+    named["problem_type"] = labels.problem_type
+    saved = saved_fields(transformers, tmp_path / "saved", architecture, **named)
     assert read_architecture(saved) == (architecture, labels)
 
 
@@ -201,6 +225,85 @@ def test_what_is_not_implemented_is_refused_by_name(changes, words):
         read_sizes({**FIELDS, **changes})
 
 
+INTEGERS = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "allowed"),
+    [
+        (INTEGERS, [0, -1, "32", 32.0, True, [32]], "a whole number above 0"),
+        (
+            ["rms_norm_eps", "initializer_range"],
+            [0, -1, "1e-6", True, math.nan, math.inf, 10**400, {"a": 1}],
+            "a finite number above 0",
+        ),
+        (["rope_theta"], [0.0, 1.0, 1, "1e6", True, math.inf, 10**400], "a finite number above 1"),
+        (["tie_word_embeddings"], ["false", 0, 1, 1.0], "true or false"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(names, values, allowed):
+    for name in names:
+        for value in values:
+            words = re.escape(f"{name}={value!r:.80} in config.json; allowed: {allowed}")
+            with pytest.raises(ValueError, match=words):
+                read_sizes({**FIELDS, name: value})
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_theta": "1e6"}, ".rope_theta='1e6' in config.json; allowed: a finite number"),
+        ({"rope_theta": [1e6]}, ".rope_theta=[1000000.0] in config.json"),
+        ({"rope_theta": 1.0, "type": "yarn", **YARN}, ".rope_theta=1.0 in config.json"),
+        ({"rope_type": ["yarn"]}, "rope_type=['yarn'] is not implemented"),
+        ({"rope_type": {}, "type": "yarn"}, "rope_type={} and 'yarn'"),
+        ({"type": "yarn", "factor": [4.0]}, "factor=[4.0] should be a number"),
+        ({"type": "yarn", **YARN, "factor": 10**400}, "should be a number"),
+        (
+            {"type": "yarn", "factor": None, "original_max_position_embeddings": 0},
+            "original_max_position_embeddings=0 should be above 0",
+        ),
+        (
+            {"type": "yarn", "factor": None, "original_max_position_embeddings": "128"},
+            "original_max_position_embeddings='128' should be a whole number",
+        ),
+    ],
+    ids=str,
+)
+def test_a_rotary_value_of_another_kind_is_refused_by_name(spelling, rope, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_sizes({**NEW_FIELDS, spelling: {"rope_theta": 1e6, **rope}})
+
+
+@pytest.mark.parametrize("types", [3, "full_attention", {"0": "full_attention"}, [["x"], 1]])
+def test_layer_types_of_another_kind_are_refused_by_name(types):
+    with pytest.raises(ValueError, match="layer_types"):
+        read_sizes({**FIELDS, "layer_types": types})
+
+
+def test_a_number_may_be_written_without_a_point():
+    sizes = read_sizes({**FIELDS, "rope_theta": 1000000, "rms_norm_eps": 1})
+    assert sizes == read_sizes({**FIELDS, "rms_norm_eps": 1.0})
+    assert type(sizes.rope_theta) is type(sizes.rms_norm_eps) is float
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"{", "is not JSON"), (b"\xff{}", "is not JSON"), (b"[]", "not a JSON object")],
+)
+def test_a_config_file_that_holds_no_object_is_named(tmp_path, content, words):
+    path = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{path} does not exist")):
+        read_config_file(path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{words}"):
+        read_config_file(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -255,8 +358,8 @@ def test_theta_is_not_guessed_where_the_rope_parameters_lack_it():
 @pytest.mark.parametrize(
     ("fields", "dtype"),
     [
-        ({}, "float32"),
-        ({"torch_dtype": None}, "float32"),
+        ({}, DEFAULT_DTYPE),
+        ({"torch_dtype": None}, DEFAULT_DTYPE),
         ({"torch_dtype": "float16"}, "float16"),
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "bfloat16"),
@@ -271,6 +374,7 @@ def test_the_type_of_the_weights_has_two_names(fields, dtype):
     [
         ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
         ({"torch_dtype": "auto"}, "torch_dtype='auto'"),
+        ({"dtype": ["float32"]}, "dtype=.'float32'. is not implemented"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "contradicts itself"),
     ],
 )
@@ -280,9 +384,10 @@ def test_other_types_of_weights_are_refused_by_name(fields, words):
 
 
 def test_a_config_without_architecture_is_a_language_model():
-    assert read_architecture({}) == ("Qwen2ForCausalLM", None)
-    assert read_architecture({"architectures": None}) == ("Qwen2ForCausalLM", None)
-    assert read_architecture({"architectures": [CLASSIFIERS[0]], "num_labels": 7})[1] == 7
+    assert read_architecture({}) == (LANGUAGE_MODEL, None)
+    assert read_architecture({"architectures": None}) == (LANGUAGE_MODEL, None)
+    assert read_architecture({"architectures": [CLASSIFIERS[0]], "num_labels": 7})[1] == unnamed(7)
+    assert read_architecture({"architectures": [CLASSIFIERS[0]]})[1] == unnamed(2)
 
 
 @pytest.mark.parametrize(
@@ -290,12 +395,36 @@ def test_a_config_without_architecture_is_a_language_model():
     [
         ({"architectures": ["Qwen2ForQuestionAnswering"]}, "Qwen2ForQuestionAnswering"),
         ({"architectures": ARCHITECTURES}, "Qwen2ForCausalLM"),
-        (
-            {"architectures": [CLASSIFIERS[0]], "num_labels": 3, "id2label": {"0": "a"}},
-            "num_labels=3 contradicts id2label",
-        ),
+        ({"architectures": LANGUAGE_MODEL}, "a list of one of"),
+        ({"architectures": 5}, "architectures=5"),
+        ({"architectures": [["Qwen2ForCausalLM"]]}, "a list of one of"),
     ],
 )
 def test_other_architectures_are_refused_by_name(fields, words):
     with pytest.raises(ValueError, match=words):
         read_architecture(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_labels": 3, "id2label": {"0": "a"}}, "num_labels=3 contradicts id2label"),
+        ({"num_labels": 0}, "num_labels=0"),
+        ({"num_labels": -1}, "num_labels=-1"),
+        ({"num_labels": "2"}, "num_labels='2'"),
+        ({"num_labels": True}, "num_labels=True"),
+        ({"id2label": ["a", "b"]}, "id2label=['a', 'b']"),
+        ({"id2label": 2}, "id2label=2"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label={'0': 'a', '2': 'b'}"),
+        ({"id2label": {"0": None}}, "id2label={'0': None}"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}}, "label2id={'a': 1"),
+        ({"label2id": {"a": 0, "b": 1}}, "label2id={'a': 0"),
+        ({"problem_type": "ranking"}, "problem_type='ranking'; allowed: null or one of"),
+        ({"problem_type": ["regression"]}, "problem_type=['regression']"),
+    ],
+    ids=str,
+)
+def test_labels_that_cannot_be_kept_are_refused_by_name(fields, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_architecture({"architectures": [CLASSIFIERS[0]], **fields})
+    assert read_architecture({"architectures": [LANGUAGE_MODEL], **fields})[1] is None

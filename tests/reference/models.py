@@ -1,28 +1,21 @@
 """`transformers` models with rough weights, and the same weights as our parameters."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
-from medreason_jax.mesh import is_stacked
+from medreason_jax.mesh import TokenShards, is_stacked
+from medreason_jax.qwen2.folder import Description
 from medreason_jax.qwen2.huggingface import is_transposed, leaves, tensor_name
 from medreason_jax.qwen2.model import abstract_params, make_network
-from medreason_jax.qwen2.sizes import read_architecture, read_sizes
+from medreason_jax.qwen2.sizes import LANGUAGE_MODEL, read_architecture, read_sizes
 from medreason_jax.train.objectives import Scorer
 from tests.tiny import FIELDS, some_mesh, tiny_compute
 
-MODELS = Path(__file__).parents[2] / "configs/models"
-LM = "Qwen2ForCausalLM"
-
-
-def model_fields(name: str, **changes) -> dict:
-    """Fields of one of the published configs, such as "qwen2.5-7b", with changes."""
-    return json.loads((MODELS / f"{name}.json").read_text()) | changes
+LM = LANGUAGE_MODEL
 
 
 def rough_reference(fields: dict, seed: int = 0, architecture: str = LM):
@@ -40,22 +33,22 @@ def rough_reference(fields: dict, seed: int = 0, architecture: str = LM):
             parameter.normal_(0.0, 0.3 if small else 0.05, generator=generator)
             if small and "norm" in name:
                 parameter += 1.0
-    rotary = transformers.models.qwen2.modeling_qwen2.Qwen2RotaryEmbedding(config)
+    return in_type(model, torch.float32).eval()
+
+
+def in_type(model, dtype):
+    """The model with weights of a type; its rotary frequencies stay float32, as when loaded."""
+    model = model.to(dtype)
+    rotary = transformers.models.qwen2.modeling_qwen2.Qwen2RotaryEmbedding(model.config)
     model.model.rotary_emb = rotary
-    return model.eval()
+    return model
 
 
 def our_params(reference, dtype=jnp.float32):
     """The parameters of a `transformers` model as our tree, through our names and layouts."""
     fields = reference.config.to_dict()
-    sizes = read_sizes(fields)
-    labels = read_architecture(fields)[1]
-    score = None
-    if labels is not None:
-        from medreason_jax.qwen2.folder import Description
-
-        score = Description(sizes, *read_architecture(fields)).score
-    abstract = abstract_params(sizes, score=score)
+    description = Description(read_sizes(fields), *read_architecture(fields))
+    abstract = abstract_params(description.sizes, score=description.score)
     state = reference.state_dict()
 
     def tensor(path, layer):
@@ -83,8 +76,6 @@ def our_network(reference, mesh_shape=(1, 1, 1), lora=None, score=None, **option
 
 
 def our_scorer(network, chunk: int = 64) -> Scorer:
-    from medreason_jax.mesh import TokenShards
-
     return Scorer(network, TokenShards(network.compute.constrain.mesh), chunk)
 
 

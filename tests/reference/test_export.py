@@ -21,7 +21,7 @@ from medreason_jax.qwen2.tensor_files import Tensor, TensorFiles, write_tensor_f
 
 torch = pytest.importorskip("torch", reason="the export extra (torch, transformers) is missing")
 
-from tests.reference.models import LM, relative_error, rough_reference  # noqa: E402
+from tests.reference.models import LM, in_type, relative_error, rough_reference  # noqa: E402
 
 ONE = MeshConfig(data=-1)
 
@@ -36,10 +36,10 @@ def tokenizer(tmp_path_factory) -> ChatTokenizer:
 def published(folder, tokenizer, dtype="bfloat16", architecture=LM, **fields):
     """A folder as `transformers` writes it, with a tokenizer: (folder, model in float32)."""
     fields = {"vocab_size": 320, "pad_token_id": tokenizer.pad_id, **fields}
-    reference = rough_reference(fields, architecture=architecture).to(getattr(torch, dtype))
+    reference = in_type(rough_reference(fields, architecture=architecture), getattr(torch, dtype))
     reference.save_pretrained(folder)
     tokenizer.save(folder)
-    return folder, reference.float()
+    return folder, in_type(reference, torch.float32)
 
 
 def tensors(folder) -> dict[str, np.ndarray]:

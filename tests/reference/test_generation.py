@@ -9,11 +9,11 @@ from medreason_jax.generate.sampling import Sampling
 torch = pytest.importorskip("torch", reason="the export extra (torch, transformers) is missing")
 
 from tests.reference.models import (  # noqa: E402
-    model_fields,
     our_network,
     our_params,
     rough_reference,
 )
+from tests.tiny import model_fields  # noqa: E402
 
 NEAR_TIE = 1e-4
 
@@ -62,10 +62,10 @@ QUESTIONS = (
     "A 54-year-old man has had chest pain for two hours; he takes 5 mg of amlodipine a day.",
     "Name the enzyme that is deficient in phenylketonuria, and say how it is inherited.",
     "脑膜炎的首选检查是什么？",
-    "x",
+    "Is it true, false, or is there no way to know from what I have told you so far today?",
     "List three causes of hyponatraemia.\n\n1.",
     "Which vitamin is given to newborns to prevent bleeding, when, and by which route? " * 3,
-    "Explain the Krebs cycle to a child of ten.",
+    "Explain the Krebs cycle to a child of ten in a few words, please.",
 )
 
 

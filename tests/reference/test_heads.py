@@ -39,11 +39,12 @@ def our_scores(reference, head: ScoreHead, tokens, real):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_classifier_logits_equal_transformers(side):
-    fields = {"num_labels": 2, "pad_token_id": PAD}
+    names = {0: "wrong", 1: "right", 2: "unscored"}
+    fields = {"id2label": names, "pad_token_id": PAD}
     reference = rough_reference(fields, architecture="Qwen2ForSequenceClassification")
     tokens, real = padded(side)
     ours = last_of_segments(
-        our_scores(reference, ScoreHead(2, bias=False), tokens, real), jnp.asarray(real), 1
+        our_scores(reference, ScoreHead(3, bias=False), tokens, real), jnp.asarray(real), 1
     )[:, 0]
     with torch.inference_mode():
         theirs = reference(torch.tensor(tokens), attention_mask=torch.tensor(real)).logits.numpy()

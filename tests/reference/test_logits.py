@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the export extra (torch, transformers) is missing")
 
 from tests.reference.models import (  # noqa: E402
-    model_fields,
+    in_type,
     our_logits,
     our_network,
     our_params,
@@ -19,6 +19,7 @@ from tests.reference.models import (  # noqa: E402
     rough_reference,
     whole_rows,
 )
+from tests.tiny import model_fields  # noqa: E402
 
 NAMES = [
     f"qwen2.5-{size}{kind}"
@@ -92,7 +93,7 @@ def gradient_errors(fields: dict) -> dict[str, float]:
     network, _ = our_network(reference)
     scorer = our_scorer(network)
     batch = whole_rows(tokens[:, :-1]) | {"targets": jnp.asarray(tokens[:, 1:])}
-    loss = lambda params: -jnp.mean(scorer.logprobs(params, batch)[0])  # noqa: E731
+    loss = lambda params: -jnp.mean(scorer.scores(params, batch).logp)  # noqa: E731
     ours = jax.jit(jax.grad(loss))(our_params(reference))
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -123,13 +124,13 @@ def test_gradients_at_true_widths_equal_torch(name):
 def test_bfloat16_logits_are_as_close_as_those_of_transformers(seed):
     """RMS error against float32 `transformers` over 4,096 positions, weights both can hold."""
     fields = cut("qwen2.5-0.5b")
-    reference = rough_reference(fields, seed).to(torch.bfloat16).float()
+    reference = in_type(in_type(rough_reference(fields, seed), torch.bfloat16), torch.float32)
     tokens = random_tokens(fields["vocab_size"], (8, 512), seed)
     network, _ = our_network(reference, dtype=jnp.bfloat16)
     params = our_params(reference)
     with torch.inference_mode():
         exact = reference(torch.tensor(tokens)).logits.numpy()
-        theirs = reference.to(torch.bfloat16)(torch.tensor(tokens)).logits.float().numpy()
+        theirs = in_type(reference, torch.bfloat16)(torch.tensor(tokens)).logits.float().numpy()
     jax.config.update("jax_default_matmul_precision", None)
     ours = our_logits(network, params, whole_rows(tokens))
     rms = [float(np.sqrt(np.mean((x - exact) ** 2))) for x in (ours, theirs)]

@@ -9,8 +9,8 @@ import pytest
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
 from medreason_jax.mesh import put_batch
-from medreason_jax.train.head import token_logprobs
-from medreason_jax.train.objectives import language_modelling, preference
+from medreason_jax.train.head import token_scores
+from medreason_jax.train.objectives import Policy, language_modelling, preference
 from medreason_jax.train.step import init_state, make_train_step
 from tests.tiny import FIELDS, tiny_model
 
@@ -41,8 +41,14 @@ def gradients(mesh_shape, batch, accumulation):
     before = jax.tree.map(np.asarray, params)
     optimizer = optax.sgd(1.0)
     state = init_state(params, optimizer)
-    step = make_train_step(language_modelling(scorer), optimizer, sharder, state, accumulation)
-    state, metrics = step(state, None, put_batch(mesh, batch))
+    step = make_train_step(
+        language_modelling(Policy(scorer, scorer, adapted=False)),
+        optimizer,
+        sharder,
+        state,
+        accumulation,
+    )
+    state, metrics = step(state, {}, put_batch(mesh, batch))
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
     return float(metrics["loss"]), change
 
@@ -79,8 +85,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state():
     optimizer = optax.sgd(1.0)
     state = init_state(params, optimizer)
     before = jax.tree.map(np.asarray, params)
-    step = make_train_step(language_modelling(scorer), optimizer, sharder, state, 1)
-    state, metrics = step(state, None, put_batch(mesh, rows_of([[i] for i in items(2)])))
+    step = make_train_step(
+        language_modelling(Policy(scorer, scorer, adapted=False)), optimizer, sharder, state, 1
+    )
+    state, metrics = step(state, {}, put_batch(mesh, rows_of([[i] for i in items(2)])))
     assert bool(metrics["halted"]) and bool(state.halted) and int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.params))
 
@@ -94,15 +102,15 @@ def test_chunked_head_equals_full_softmax(chunk):
     labels = jax.random.randint(keys[2], (2, 9), 0, 50)
 
     def chunked(h, W):
-        logp, entropy = token_logprobs(
-            h, W, labels, shards=scorer.shards, chunk=chunk, temperature=0.7
-        )
-        return jnp.sum(logp) + 0.3 * jnp.sum(entropy)
+        scores = token_scores(h, W, labels, shards=scorer.shards, chunk=chunk, temperature=0.7)
+        return jnp.sum(scores.logp + 0.3 * scores.entropy + 0.1 * scores.log_norm**2)
 
     def full(h, W):
         logp = jax.nn.log_softmax(h @ W.T / 0.7)
         picked = jnp.take_along_axis(logp, labels[..., None], -1)
-        return jnp.sum(picked) - 0.3 * jnp.sum(jnp.exp(logp) * logp)
+        norm = jax.nn.logsumexp(h @ W.T / 0.7, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logp) * logp)
+        return jnp.sum(picked) + 0.3 * entropy + 0.1 * jnp.sum(norm**2)
 
     np.testing.assert_allclose(chunked(h, W), full(h, W), rtol=1e-5)
     for a, b in zip(jax.grad(chunked, (0, 1))(h, W), jax.grad(full, (0, 1))(h, W), strict=True):
@@ -116,14 +124,14 @@ def test_preference_loss_equals_a_loop_over_pairs():
     row = make_row(answers, 160, 0)
     batch = {name: jnp.asarray(x[None]) for name, x in row.items()}
     batch["pairs"] = jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
-    objective = preference(scorer, beta=0.1, alpha=1.0)
-    sums, _ = objective.sums(params, reference, batch)
+    objective = preference(Policy(scorer, scorer, adapted=False), beta=0.1, alpha=1.0)
+    sums, _ = objective.sums(params, {"reference": reference}, batch)
     weights = objective.weights(batch)
     ours = sum(float(sums[name] / weights[name]) for name in sums)
 
     def answer_logp(p, item):
         row = {name: jnp.asarray(x[None]) for name, x in make_row([item], 40, 0).items()}
-        return float(jnp.sum(scorer.logprobs(p, row)[0] * row["weights"])), sum(item.is_target[1:])
+        return float(jnp.sum(scorer.scores(p, row).logp * row["weights"])), sum(item.is_target[1:])
 
     losses = []
     for chosen, rejected in zip(answers[::2], answers[1::2], strict=True):
