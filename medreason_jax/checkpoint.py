@@ -19,7 +19,8 @@ import tensorstore as ts
 from medreason_jax.checksums import find_damage, write_checksums
 from medreason_jax.mesh import gather_to_host, is_stacked, path_name
 
-CHUNK_BYTES = 64_000_000
+CHUNK_BYTES = 16_000_000
+DATA_FILE_BYTES, MOST_DATA_FILES = 16_000_000, 1000  # of one process
 # Orbax completes these after the checksums; a restore does without them.
 WRITTEN_WITH_THE_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 MESSAGE_BYTES = 500
@@ -219,13 +220,14 @@ def save_params(folder: Path, params: Any) -> None:
     """Parameters alone, for the stages that follow; holds one leaf beside them while it writes.
 
     zarr3 because only with it Orbax takes a size for its data files, which are kept in memory until
-    they are full: 2 GB by default.
+    they are full, several at a time: 2 GB each by default.
     """
-    most = max(local_bytes(x) for x in jax.tree.leaves(params))
-    in_flight = 2 + most // 10**9  # GB: Orbax refuses an array that is not smaller
+    sizes = [local_bytes(x) for x in jax.tree.leaves(params)]
+    in_flight = 1 + max(sizes) // 10**9  # GB: Orbax refuses an array that is not smaller
+    file_bytes = max(DATA_FILE_BYTES, sum(sizes) // MOST_DATA_FILES)
     handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, save_concurrent_gb=in_flight)
     args = ocp.args.PyTreeSave(
-        params, save_args=save_args(params), ocdbt_target_data_file_size=CHUNK_BYTES
+        params, save_args=save_args(params), ocdbt_target_data_file_size=file_bytes
     )
     with ocp.AsyncCheckpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), args=args, force=True)

@@ -151,6 +151,7 @@ class RunConfig(Strict):
     checkpoint_every: Positive = 100
     keep_last: Positive = 2
     keep_every: Positive | None = None  # of the saved steps, those that it divides
+    keep_states: bool = False  # of a finished stage, its last one too: to compare or to go on from
     accept_changes: list[str] = []  # fields that may differ from the run's so far; "data" too
     profile: ProfileConfig | None = None
     optimizer: OptimizerConfig
@@ -529,7 +530,7 @@ def save_yaml(config: BaseModel, path: Path) -> None:
 # Where and how fast a run goes may change between its attempts; what it computes may not.
 FREE = {
     *("folder", "mesh", "attention", "remat", "unroll", "head_chunk", "checkpoint_every"),
-    *("keep_last", "keep_every", "accept_changes", "profile", "samples", "slots"),
+    *("keep_last", "keep_every", "keep_states", "accept_changes", "profile", "samples", "slots"),
 }
 
 

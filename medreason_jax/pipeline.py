@@ -298,7 +298,7 @@ def make_base(recipe: RecipeConfig, root: Path) -> None:
     if sizes.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.sizes.vocab_size={sizes.vocab_size} is below the tokenizer's "
-            f"{tokenizer.vocab_size} tokens"
+            f"{tokenizer.vocab_size} ids"
         )
     params = init_params(sizes, jax.random.key(recipe.seed))
     save_model(folder / "model", params, Description(sizes), tokenizer)

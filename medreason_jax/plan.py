@@ -27,6 +27,7 @@ from medreason_jax.qwen2.load import make_compute
 from medreason_jax.qwen2.model import KEPT, Network, abstract_params, make_network
 from medreason_jax.qwen2.sizes import Sizes
 from medreason_jax.targets import GIB, Target, open_devices
+from medreason_jax.train.held_out import HeldOut
 from medreason_jax.train.program import Program, abstract_split, lora_of, make_program
 
 FULL = 0.92  # of the usable memory: the rest is the runtime's and fragments
@@ -48,6 +49,11 @@ class Stage:
 
     def lower(self):
         return self.program.step(self.state).lower(self.state, self.frozen, self.batch)
+
+    def lower_held_out(self):
+        """The held-out loss, which takes a whole batch at once."""
+        held_out = HeldOut(self.program.policy, {}, 1, self.config.batch_rows, self.mesh)
+        return held_out.sums.lower(self.state.params, self.frozen, self.batch)
 
 
 def read_model_sizes(model: Path) -> tuple[str, Sizes]:
@@ -245,19 +251,31 @@ def memory_of(compiled) -> Memory:
 def needed_bytes(message: str) -> int | None:
     """What a compiler that ran out of device memory says the program needs; None if it did not.
 
-    Other memories (a kernel's vector memory, this machine's) run out with the same status.
+    Other memories (a kernel's vector memory, this machine's) run out with the same status. What a
+    TPU's compiler calls temporaries holds arguments and outputs too (seen with x + 1).
     """
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     for pattern in (
         r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
-        r"memory required for [^(]*\(([\d.]+)([KMGT])\) exceeds",
+        r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds",
     ):
-        hit = re.search(pattern, message)
-        if hit:
+        if hit := re.search(pattern, message):
             return int(float(hit[1]) * units[hit[2]])
     return None
+
+
+def try_compile(lowered) -> tuple[Any, int]:
+    """(compiled, bytes a device that it needs); None in place of what device memory cannot hold."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needs = needed_bytes(str(error))
+        if needs is None:
+            raise
+        return None, needs
+    return compiled, memory_of(compiled).total
 
 
 @dataclass(frozen=True)
@@ -277,16 +295,21 @@ class Plan:
     arithmetic: Arithmetic
     memory: Memory | None
     collectives: list[Collective] | None
-    needs: int  # bytes a device
+    needs: int  # bytes a device, of the step
+    others: dict[str, int]  # of the other programs, with what stays on the device beside them
     has: int
-    start: int  # of the program that makes the trees, which runs before the step
+    not_counted: list[str]
+
+    @property
+    def most(self) -> int:
+        return max(self.needs, *self.others.values())
 
     @property
     def fits(self) -> bool:
-        return self.memory is not None and max(self.needs, self.start) <= FULL * self.has
+        return self.memory is not None and self.most <= FULL * self.has
 
     def record(self) -> dict[str, Any]:
-        return {"fits": self.fits, "limit": FULL, **asdict(self)}
+        return {"fits": self.fits, "limit": FULL, "most": self.most, **asdict(self)}
 
 
 def make_plan(config: TrainConfig, target: Target, model: Path | None = None) -> Plan:
@@ -294,18 +317,16 @@ def make_plan(config: TrainConfig, target: Target, model: Path | None = None) ->
     name, sizes = read_model_sizes(config.model if model is None else model)
     stage = make_stage(config, sizes, open_devices(target))
     arithmetic, begun, used = arithmetic_of(stage), time.monotonic(), time.process_time()
+    compiled, needs = try_compile(stage.lower())
+    seconds, processor = time.monotonic() - begun, time.process_time() - used
     memory = collectives = None
-    try:
-        compiled = stage.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        needs = needed_bytes(str(error))
-        if needs is None:
-            raise
-    else:
+    if compiled is not None:
         program = compiled.as_text()
         assert program is not None, "a compiler that shows no program"
         memory, collectives = memory_of(compiled), find_collectives(program)
-        needs = memory.total
+    others = {"start": start_bytes(stage)}
+    if config.held_out is not None:
+        others["held_out"] = arithmetic.optimizer + try_compile(stage.lower_held_out())[1]
     return Plan(
         target=str(target),
         devices=target.count,
@@ -315,14 +336,15 @@ def make_plan(config: TrainConfig, target: Target, model: Path | None = None) ->
         parameters=sizes.parameter_count,
         trained=count_parameters(stage.state.params),
         attention=stage.network.compute.attention.name,
-        compile_seconds=round(time.monotonic() - begun, 1),
-        processor_seconds=round(time.process_time() - used, 1),
+        compile_seconds=round(seconds, 1),
+        processor_seconds=round(processor, 1),
         arithmetic=arithmetic,
         memory=memory,
         collectives=collectives,
         needs=needs,
+        others=others,
         has=target.memory,
-        start=start_bytes(stage),
+        not_counted=[] if config.samples is None else ["samples"],
     )
 
 
@@ -333,26 +355,31 @@ def gib(size: int) -> str:
 def plan_table(plan: Plan) -> str:
     """What `medreason plan` prints."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    share = max(plan.needs, plan.start) / plan.has
+    share = plan.most / plan.has
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
         f"target      {plan.target}, {plan.devices} x {plan.device_kind}, mesh {mesh}",
         f"model       {plan.model}, {plan.parameters:,} parameters, {plan.trained:,} trained",
         f"attention   {plan.attention}",
         f"compiled    in {plan.compile_seconds} s, {plan.processor_seconds} s of processor time",
-        f"{verdict}: needs {gib(plan.needs).strip()} a device, has {gib(plan.has).strip()}: "
+        f"{verdict}: needs {gib(plan.most).strip()} a device, has {gib(plan.has).strip()}: "
         f"{share:.0%}, at most {FULL:.0%}",
         "",
         "arithmetic, a device",
         *(f"  {name:<14}{gib(size)}" for name, size in asdict(plan.arithmetic).items()),
         f"  {'total':<14}{gib(plan.arithmetic.total)}",
-        f"  {'before it':<14}{gib(plan.start)}  (making the trees that the step takes)",
+        "",
+        "programs beside the step, with what stays on the device",
+        *(f"  {name:<14}{gib(size)}" for name, size in plan.others.items()),
+        *(f"  {name:<14} not counted" for name in plan.not_counted),
     ]
     if plan.memory is None:
         return "\n".join([*lines, "", "the compiler ran out of device memory; no exact bytes"])
     lines += ["", "compiler, a device"]
     lines += [f"  {name:<14}{gib(size)}" for name, size in asdict(plan.memory).items()]
-    lines += [f"  {'total':<14}{gib(plan.memory.total)}  (argument + output + temporary - alias)"]
+    lines += [
+        f"  {'total':<14}{gib(plan.memory.total)}  (argument + output + temporary - alias + code)"
+    ]
     lines += ["", "collectives of a step   in loops   count    runs  bytes of the largest, of all"]
     for c in plan.collectives or []:
         where = "yes" if c.in_loop else "no"

@@ -8,12 +8,12 @@ from medreason_jax.metrics import MetricLog, truncate_after
 def test_a_resumed_log_has_no_seam(tmp_path):
     log = MetricLog(tmp_path, 0, True)
     for step in range(1, 6):
-        log.write(step, {"loss": float(step)})
+        log.write(step, {"loss": float(step)}, {"step_seconds": 0.1})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
     log = MetricLog(tmp_path, 3, True)
-    log.write(4, {"loss": 4.0})
+    log.write(4, {"loss": 4.0}, {})
     log.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"step": step, "loss": float(step)} for step in range(1, 5)]

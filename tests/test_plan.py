@@ -110,6 +110,23 @@ def test_the_collectives_of_a_program_are_counted_with_their_loops():
     assert (reduce.largest, reduce.bytes) == (100 * 4, 5 * 100 * 4)
 
 
+def test_programs_beside_the_step_are_counted_with_what_stays(model):
+    held_out = {"sources": [{"path": "b.jsonl", "kind": "sft"}]}
+    parts = {"accumulation": 4, "mesh": {"fsdp": 4}, "batch_rows": 32, "remat": "full"}
+    plain = make_plan(config(model, **parts), parse_target("cpu:4"))
+    measured = make_plan(config(model, held_out=held_out, **parts), parse_target("cpu:4"))
+    assert set(plain.others) == {"start"} and plain.most == plain.needs == measured.needs
+    # a whole batch at once, without a gradient but beside the optimizer's moments
+    arithmetic = measured.arithmetic
+    assert measured.others["held_out"] > arithmetic.arguments
+    assert measured.most == max(measured.others["held_out"], measured.needs)
+
+    adapter = make_plan(config(model, lora={"rank": 2}, dtype="bfloat16"), parse_target("cpu:8"))
+    loaded = 2 * adapter.arithmetic.frozen  # float32 weights, of which a bfloat16 copy is made
+    wanted = loaded + adapter.arithmetic.frozen + adapter.arithmetic.parameters
+    assert adapter.others["start"] == wanted
+
+
 def run(model: Path, tmp_path: Path, *arguments: str, **changes) -> int:
     path = tmp_path / "stage.yaml"
     path.write_text(json.dumps(values(model, **changes)))

@@ -6,7 +6,6 @@ in place of `params/`.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -19,13 +18,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medreason_jax.checkpoint import ParamReader, save_params
 from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.manifest import model_folder, write_json
+from medreason_jax.manifest import model_folder, read_json_object, write_json
 from medreason_jax.qwen2.heads import ScoreHead
 from medreason_jax.qwen2.huggingface import HuggingFaceParams, leaves
 from medreason_jax.qwen2.lora import Lora, Target, merge_kernel
 from medreason_jax.qwen2.model import Params, abstract_params
 from medreason_jax.qwen2.sizes import (
+    DEFAULT_DTYPE,
+    LANGUAGE_MODEL,
     Architecture,
+    Labels,
     Sizes,
     WeightsDtype,
     config_fields,
@@ -43,22 +45,21 @@ class Description:
     """What a `config.json` says: sizes, `transformers`' class, and the type of exported weights."""
 
     sizes: Sizes = struct.field(pytree_node=False)
-    architecture: Architecture = struct.field(pytree_node=False, default="Qwen2ForCausalLM")
-    labels: int | None = struct.field(pytree_node=False, default=None)
-    dtype: WeightsDtype = struct.field(pytree_node=False, default="float32")
+    architecture: Architecture = struct.field(pytree_node=False, default=LANGUAGE_MODEL)
+    labels: Labels | None = struct.field(pytree_node=False, default=None)
+    dtype: WeightsDtype = struct.field(pytree_node=False, default=DEFAULT_DTYPE)
 
     @property
     def score(self) -> ScoreHead | None:
         """The head in place of the vocabulary projection, if any."""
         if self.labels is None:
             return None
-        return ScoreHead(self.labels, bias=self.architecture == "Qwen2ForTokenClassification")
+        has_bias = self.architecture == "Qwen2ForTokenClassification"
+        return ScoreHead(len(self.labels.names), bias=has_bias)
 
 
 def read_description(path: Path) -> Description:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a model folder holds a config.json")
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json_object(path, "a model's configuration")
     architecture, labels = read_architecture(fields)
     return Description(read_sizes(fields), architecture, labels, weights_dtype(fields))
 

@@ -82,7 +82,8 @@ class TensorFiles:
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A range of the leading axis, in the stored dtype."""
-        array = self._slice(name)[rows]
+        start, stop, _ = rows.indices(self.shape(name)[0])  # the library refuses an end beyond
+        array = self._slice(name)[start:stop]
         self.bytes_read += array.nbytes
         return array
 

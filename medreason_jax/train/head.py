@@ -53,13 +53,17 @@ def _forward(shards: TokenShards, chunk, temperature, h_BTD, W_VD, labels_BT):
     def one_chunk(W_DV, h_cD, labels_c):
         z_cV = _logits(h_cD, W_DV, temperature)
         largest_c = jax.lax.pmax(jnp.max(z_cV, axis=-1), axis)
-        sums_c = jax.lax.psum(jnp.sum(jnp.exp(z_cV - largest_c[:, None]), axis=-1), axis)
-        norm_c = largest_c + jnp.log(sums_c)
         is_label_cV = _is_label(labels_c, z_cV.shape, axis)
         z_label_c = jax.lax.psum(jnp.sum(jnp.where(is_label_cV, z_cV, 0.0), axis=-1), axis)
-        mean_c = jax.lax.psum(jnp.sum(jnp.exp(z_cV - norm_c[:, None]) * z_cV, axis=-1), axis)
+        # All from the largest logit on: log Z - z would cancel where one token is likely.
+        below_cV = z_cV - largest_c[:, None]
+        e_cV = jnp.exp(below_cV)
+        sums_c = jax.lax.psum(jnp.sum(e_cV, axis=-1), axis)
+        log_sums_c = jnp.log(sums_c)
+        mean_c = jax.lax.psum(jnp.sum(e_cV * below_cV, axis=-1), axis) / sums_c
+        logp_c, entropy_c = z_label_c - largest_c - log_sums_c, log_sums_c - mean_c
         correct_c = (z_label_c >= largest_c).astype(jnp.float32)
-        return z_label_c - norm_c, norm_c, mean_c, correct_c
+        return logp_c, entropy_c, largest_c + log_sums_c, correct_c
 
     def per_shard(h_BTD, W_DV, labels_BT):
         chunks = _chunks(chunk, h_BTD, labels_BT)
@@ -68,21 +72,21 @@ def _forward(shards: TokenShards, chunk, temperature, h_BTD, W_VD, labels_BT):
 
     in_specs = (shards.tokens, shards.vocabulary, shards.tokens)
     mapped = shards.map(per_shard, in_specs, (shards.tokens,) * 4)
-    logp_BT, norm_BT, mean_BT, correct_BT = mapped(h_BTD, W_VD.T.astype(h_BTD.dtype), labels_BT)
-    outputs = logp_BT, norm_BT - mean_BT, norm_BT, correct_BT  # H = log Z - E[z]
-    return outputs, (h_BTD, W_VD, labels_BT, norm_BT, mean_BT)
+    outputs = mapped(h_BTD, W_VD.T.astype(h_BTD.dtype), labels_BT)
+    _, entropy_BT, norm_BT, _ = outputs
+    return outputs, (h_BTD, W_VD, labels_BT, norm_BT, entropy_BT)
 
 
 def _backward(shards: TokenShards, chunk, temperature, residuals, cotangents):
-    h_BTD, W_VD, labels_BT, norm_BT, mean_BT = residuals
+    h_BTD, W_VD, labels_BT, norm_BT, entropy_BT = residuals
     axis = shards.vocabulary_axis
 
-    def one_chunk(W_DV, dW_DV, h_cD, labels_c, norm_c, mean_c, g_logp_c, g_entropy_c, g_norm_c):
-        z_cV = _logits(h_cD, W_DV, temperature)
-        p_cV = jnp.exp(z_cV - norm_c[:, None])
-        is_label_cV = _is_label(labels_c, z_cV.shape, axis)
-        # d logp / dz = onehot - p;  dH / dz = -p (z - E[z]);  d log Z / dz = p
-        deviation_cV = z_cV - mean_c[:, None]
+    def one_chunk(W_DV, dW_DV, h_cD, labels_c, norm_c, entropy_c, g_logp_c, g_entropy_c, g_norm_c):
+        logp_cV = _logits(h_cD, W_DV, temperature) - norm_c[:, None]
+        p_cV = jnp.exp(logp_cV)
+        is_label_cV = _is_label(labels_c, p_cV.shape, axis)
+        # d logp / dz = onehot - p;  dH / dz = -p (log p + H);  d log Z / dz = p
+        deviation_cV = logp_cV + entropy_c[:, None]
         dz_cV = jnp.where(is_label_cV, g_logp_c[:, None], 0.0)
         scale_cV = (g_norm_c - g_logp_c)[:, None] - g_entropy_c[:, None] * deviation_cV
         dz_cV = dz_cV + p_cV * scale_cV
@@ -101,7 +105,7 @@ def _backward(shards: TokenShards, chunk, temperature, residuals, cotangents):
 
     in_specs = (shards.vocabulary, *(shards.tokens,) * 7)
     mapped = shards.map(per_shard, in_specs, (shards.tokens, shards.vocabulary_gradient))
-    per_token = (labels_BT, norm_BT, mean_BT, *cotangents[:3])  # `correct` has no gradient
+    per_token = (labels_BT, norm_BT, entropy_BT, *cotangents[:3])  # `correct` has no gradient
     # The sum over devices comes before the layers' backward pass, or its operand lives through it.
     dh_BTD, dW_DV = jax.lax.optimization_barrier(
         mapped(W_VD.T.astype(h_BTD.dtype), h_BTD, *per_token)

@@ -28,7 +28,7 @@ class HeldOut:
             logp_BT = policy.scores(trainable, frozen, batch).logp
             return -jnp.sum(logp_BT * batch["weights"]), jnp.sum(batch["weights"])
 
-        self._sums = jax.jit(sums)
+        self.sums = jax.jit(sums)
 
     def is_due(self, unit: int) -> bool:
         return unit % self.every == 0
@@ -43,7 +43,7 @@ class HeldOut:
     def _total(self, trainable, frozen, folder: Path) -> tuple[float, float]:
         nll = weight = 0.0
         for batch in evaluation_batches(folder, self.batch_rows, self.mesh):
-            part = gather_to_host(self._sums(trainable, frozen, batch))
+            part = gather_to_host(self.sums(trainable, frozen, batch))
             nll, weight = nll + float(part[0]), weight + float(part[1])
         return nll, weight
 

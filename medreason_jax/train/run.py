@@ -92,7 +92,9 @@ class Run:
         return multihost_utils.reached_preemption_sync_point(unit)
 
     def is_due(self, unit: int, total: int) -> bool:
-        return unit % self.config.checkpoint_every == 0 and unit < total
+        if unit == total:
+            return self.config.keep_states
+        return unit % self.config.checkpoint_every == 0
 
     def keep(
         self, unit: int, state: TrainState, facts: dict[str, Any], scores: dict[str, float]
@@ -122,7 +124,8 @@ class Run:
         manifest = {**facts, "model": "model", "seconds": round(self.seconds, 1)}
         if self.main:
             write_json(self.folder / MANIFEST, manifest)
-            remove_states(self.folder / "states")
+            if not self.config.keep_states:
+                remove_states(self.folder / "states")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return manifest
 

@@ -1,13 +1,14 @@
 """Answers to a few prompts while a stage trains, to read."""
 
 import json
-from typing import Any
+from itertools import islice
+from pathlib import Path
 
 import jax
 
 from medreason_jax.config import SamplesConfig, TrainConfig
 from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.data.sources import read_lines
+from medreason_jax.data.sources import iterate_lines
 from medreason_jax.generate.engine import Engine
 from medreason_jax.generate.prompts import prompt_ids
 from medreason_jax.generate.sampling import Sampling
@@ -24,16 +25,14 @@ class Samples:
         policy: Policy,
         engine: Engine,
         tokenizer: ChatTokenizer,
-        path: Any,
+        path: Path,
     ):
-        records = read_lines(settings.prompts)[: settings.count]
-        self.prompts = [
-            prompt_ids(tokenizer, record, settings.prompts, policy.scorer.network.sizes.vocab_size)
-            for record in records
-        ]
+        lines = list(islice(iterate_lines(settings.prompts), settings.count))
+        self.records = [record for _, record in lines]
+        vocab_size = policy.scorer.network.sizes.vocab_size
+        self.prompts = [prompt_ids(tokenizer, r, place, vocab_size) for place, r in lines]
         self.settings, self.policy, self.engine = settings, policy, engine
         self.tokenizer, self.path = tokenizer, path
-        self.records = records
 
     def is_due(self, unit: int) -> bool:
         return unit % self.settings.every == 0

@@ -1,6 +1,7 @@
 """`transformers` models with rough weights, and the same weights as our parameters."""
 
 import functools
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +45,14 @@ def in_type(model, dtype):
     return model
 
 
+def config_of(reference) -> dict:
+    """The fields of a `transformers` model's config.json."""
+    return json.loads(reference.config.to_json_string(use_diff=False))
+
+
 def our_params(reference, dtype=jnp.float32):
     """The parameters of a `transformers` model as our tree, through our names and layouts."""
-    fields = reference.config.to_dict()
+    fields = config_of(reference)
     description = Description(read_sizes(fields), *read_architecture(fields))
     abstract = abstract_params(description.sizes, score=description.score)
     state = reference.state_dict()
@@ -71,7 +77,7 @@ def our_params(reference, dtype=jnp.float32):
 
 def our_network(reference, mesh_shape=(1, 1, 1), lora=None, score=None, **options):
     """(network, abstract) of a `transformers` model on some of the simulated devices."""
-    sizes = read_sizes(reference.config.to_dict())
+    sizes = read_sizes(config_of(reference))
     return make_network(sizes, tiny_compute(sizes, some_mesh(mesh_shape), **options), lora, score)
 
 

@@ -15,7 +15,7 @@ from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.data.tokenizer_training import train_tokenizer
 from medreason_jax.qwen2.export import export_model
 from medreason_jax.qwen2.folder import ModelFolder
-from medreason_jax.qwen2.importing import import_folder
+from medreason_jax.qwen2.importing import import_folder, import_peft_folder
 from medreason_jax.qwen2.load import load_model
 from medreason_jax.qwen2.tensor_files import Tensor, TensorFiles, write_tensor_files
 
@@ -256,3 +256,62 @@ def test_parameters_land_where_the_mesh_wants_them(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"tensor=8 does not divide num_attention_heads=4"):
         load_model(source, MeshConfig(tensor=8), "float32")
     assert jnp.float32 == jax.tree.leaves(model.params)[0].dtype
+
+
+def test_the_stored_type_counts_not_the_one_that_config_names(tmp_path, tokenizer):
+    source, _ = published(tmp_path / "hf", tokenizer, "float32")
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    import_folder(source, tmp_path / "ckpt", ONE)
+    facts = export_model(tmp_path / "ckpt", tmp_path / "out", card="card", gate="layerwise")
+    assert facts["dtype"] == "float32"
+    for name, array in tensors(source).items():
+        np.testing.assert_array_equal(array, tensors(tmp_path / "out")[name])
+
+
+def test_a_tied_folder_with_another_head_is_refused_and_with_a_copy_is_read(tmp_path, tokenizer):
+    source, _ = published(tmp_path / "hf", tokenizer, "float32")
+    whole = tensors(source)
+    embedding = whole["model.embed_tokens.weight"]
+    save_file({**whole, "lm_head.weight": embedding.copy()}, source / "model.safetensors")
+    ModelFolder(source)
+    save_file({**whole, "lm_head.weight": 2 * embedding}, source / "model.safetensors")
+    with pytest.raises(ValueError, match="tie_word_embeddings=true, but lm_head"):
+        ModelFolder(source)
+
+
+def test_a_folder_of_the_user_is_never_taken_for_a_failed_attempt(tmp_path, tokenizer):
+    source, _ = published(tmp_path / "out.partial", tokenizer)
+    with pytest.raises(ValueError, match=r"out\.partial exists"):
+        export_model(source, tmp_path / "out", card="card")
+    assert (source / "model.safetensors").is_file()
+
+
+def test_an_adapter_knows_its_base(tmp_path, tokenizer, adapter, capsys):
+    base, folder, _, _ = adapter
+    assert command("import", folder, tmp_path / "a", "--base", base) == 0
+    whole = tensors(base)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**whole, name: 2 * whole[name]}, base / "model.safetensors", {"format": "pt"})
+    assert command("export", "--merged", tmp_path / "a", tmp_path / "out") == 2
+    assert "another model than the adapter was trained on" in capsys.readouterr().err
+    base.rename(tmp_path / "moved")
+    assert command("export", "--merged", tmp_path / "a", tmp_path / "out") == 2
+    assert "move it back, or edit base" in capsys.readouterr().err
+    assert command("export", "--adapter", tmp_path / "a", tmp_path / "o", "--dtype", "float16") == 2
+
+
+def test_an_adapter_of_more_layers_is_refused(tmp_path, tokenizer, adapter):
+    _, folder, _, _ = adapter
+    shallow, _ = published(tmp_path / "shallow", tokenizer, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="does not fit a model of 2 layers"):
+        import_peft_folder(folder, tmp_path / "a", shallow)
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path, tokenizer):
+    source, _ = published(tmp_path / "hf", tokenizer)
+    import_folder(source, tmp_path / "ckpt", ONE)
+    path = tmp_path / "ckpt/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"do not fit config\.json; layers"):
+        ModelFolder(tmp_path / "ckpt")

@@ -1,4 +1,11 @@
-"""The loss and its gradients do not depend on accumulation, packing or the mesh."""
+"""The loss and its gradients do not depend on accumulation, packing or the mesh.
+
+What is compared are the gradients that the optimizer is given.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +15,17 @@ import pytest
 
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
-from medreason_jax.mesh import put_batch
-from medreason_jax.train.head import token_scores
+from medreason_jax.mesh import path_name, put_batch
+from medreason_jax.qwen2.lora import Lora, Target, with_adapter
 from medreason_jax.train.objectives import Policy, language_modelling, preference
+from medreason_jax.train.program import make_policy, split_params
 from medreason_jax.train.step import init_state, make_train_step
 from tests.tiny import FIELDS, tiny_model
 
 LENGTH = 48
+LORA = Lora((Target("q_proj", 4, 8.0), Target("v_proj", 2, 8.0), Target("down_proj", 4, 4.0)))
+ONE = (1, 1, 1)
+KINDS = ("tied", "untied", "lora")
 
 
 def items(count: int, seed: int = 0) -> list[Encoded]:
@@ -33,49 +44,95 @@ def rows_of(groups) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def gradients(mesh_shape, batch, accumulation):
-    """Loss, and minus the gradient as the parameter change under SGD with rate 1."""
-    mesh, network, params, scorer = tiny_model(mesh_shape)
-    sharder = network.compute.constrain
-    params = jax.device_put(params, sharder.tree(params))
-    before = jax.tree.map(np.asarray, params)
-    optimizer = optax.sgd(1.0)
-    state = init_state(params, optimizer)
-    step = make_train_step(
-        language_modelling(Policy(scorer, scorer, adapted=False)),
-        optimizer,
-        sharder,
-        state,
-        accumulation,
+def keep_gradients() -> optax.GradientTransformation:
+    """Changes nothing; its state is the gradients of the last step."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradients, _, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
     )
-    state, metrics = step(state, {}, put_batch(mesh, batch))
-    change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
-    return float(metrics["loss"]), change
+
+
+def rough_adapter(adapter):
+    """With a B that is not zero, or A would have no gradient."""
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    rough = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, rough)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A tiny model's policy on a mesh, and what is trained and frozen of it."""
+
+    mesh: Any
+    policy: Policy
+    sharder: Any
+    trainable: Any
+    frozen: Any
+
+
+def stage(mesh_shape, kind: str, dtype=jnp.float32) -> Stage:
+    mesh, network, params, scorer = tiny_model(mesh_shape, tie_word_embeddings=kind == "tied")
+    network = network.replace(compute=network.compute.replace(dtype=dtype))
+    lora = LORA if kind == "lora" else None
+    sharder = network.compute.constrain
+    trainable, frozen = split_params(params, network, lora, False, jax.random.key(0))
+    place = lambda tree: jax.device_put(tree, sharder.tree(tree))  # noqa: E731
+    policy = make_policy(network, sharder, lora, scorer.chunk)
+    return Stage(mesh, policy, sharder, place(trainable), place(frozen))
+
+
+DOCUMENTS = items(8)
+BATCHES = {
+    "alone": rows_of([[item] for item in DOCUMENTS]),
+    "packed": rows_of([DOCUMENTS[i : i + 2] for i in range(0, 8, 2)]),
+}
+
+
+@cache
+def gradients(mesh_shape, kind: str, batch: str = "alone", accumulation: int = 1):
+    """(loss, {parameter: gradient}) of one step."""
+    given = stage(mesh_shape, kind)
+    trainable = given.trainable
+    if kind == "lora":
+        trainable = jax.device_put(rough_adapter(trainable), given.sharder.tree(trainable))
+    optimizer = keep_gradients()
+    state = init_state(trainable, optimizer)
+    objective = language_modelling(given.policy)
+    step = make_train_step(objective, optimizer, given.sharder, state, accumulation)
+    state, metrics = step(state, given.frozen, put_batch(given.mesh, BATCHES[batch]))
+    found = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    return float(metrics["loss"]), {path_name(path): np.asarray(x) for path, x in found}
 
 
 def assert_same(first, second):
     assert first[0] == pytest.approx(second[0], rel=1e-6)
-    for a, b in zip(jax.tree.leaves(first[1]), jax.tree.leaves(second[1]), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * max(np.linalg.norm(b), 1e-6)
+    assert first[1].keys() == second[1].keys()
+    for name, a in first[1].items():
+        b = second[1][name]
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), name
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1)])
-def test_a_mesh_cannot_move_the_loss(mesh_shape):
-    batch = rows_of([[item] for item in items(8)])
-    assert_same(gradients(mesh_shape, batch, 1), gradients((1, 1, 1), batch, 1))
+@pytest.mark.parametrize(
+    ("mesh_shape", "kind"),
+    [
+        *((shape, "tied") for shape in ((8, 1, 1), (4, 2, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))),
+        *((shape, kind) for shape in ((4, 2, 1), (2, 2, 2)) for kind in ("untied", "lora")),
+    ],
+)
+def test_a_mesh_cannot_move_the_loss(mesh_shape, kind):
+    assert_same(gradients(mesh_shape, kind), gradients(ONE, kind))
 
 
-def test_accumulation_cannot_move_the_loss():
-    batch = rows_of([[item] for item in items(8)])
-    assert_same(gradients((1, 1, 1), batch, 4), gradients((1, 1, 1), batch, 1))
-    assert_same(gradients((2, 1, 1), batch, 4), gradients((1, 1, 1), batch, 1))
+@pytest.mark.parametrize("mesh_shape", [ONE, (2, 1, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_cannot_move_the_loss(mesh_shape, kind):
+    assert_same(gradients(mesh_shape, kind, accumulation=4), gradients(ONE, kind))
 
 
-def test_packed_rows_equal_documents_alone():
-    documents = items(8)
-    alone = rows_of([[item] for item in documents])
-    packed = rows_of([documents[i : i + 2] for i in range(0, 8, 2)])
-    assert_same(gradients((1, 1, 1), packed, 1), gradients((1, 1, 1), alone, 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_equal_documents_alone(kind):
+    assert_same(gradients(ONE, kind, "packed"), gradients(ONE, kind))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state():
@@ -93,45 +150,72 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state():
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.params))
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 1000])
-def test_chunked_head_equals_full_softmax(chunk):
-    _, _, _, scorer = tiny_model()
-    keys = jax.random.split(jax.random.key(0), 3)
-    h = jax.random.normal(keys[0], (2, 9, 32))
-    W = jax.random.normal(keys[1], (50, 32))
-    labels = jax.random.randint(keys[2], (2, 9), 0, 50)
+def test_a_frozen_base_has_no_optimizer_state_and_outlives_the_step():
+    given = stage((1, 2, 1), "lora")
+    before = jax.tree.map(np.asarray, given.frozen)
+    optimizer = optax.adam(0.1)
+    state = init_state(given.trainable, optimizer)
+    names = [path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(state) if x.ndim]
+    assert len(names) == 3 * 2 * len(LORA.targets)  # A and B, each with two moments
+    assert all(name.endswith(("lora_A", "lora_B")) for name in names)
+    objective = language_modelling(given.policy)
+    step = make_train_step(objective, optimizer, given.sharder, state, 2)
+    batch = put_batch(given.mesh, rows_of([[item] for item in items(4)]))
+    after, _ = step(state, given.frozen, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))  # that is donated
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, given.frozen), before)
+    assert all(np.any(x) for x in jax.tree.leaves(after.params))
 
-    def chunked(h, W):
-        scores = token_scores(h, W, labels, shards=scorer.shards, chunk=chunk, temperature=0.7)
-        return jnp.sum(scores.logp + 0.3 * scores.entropy + 0.1 * scores.log_norm**2)
 
-    def full(h, W):
-        logp = jax.nn.log_softmax(h @ W.T / 0.7)
-        picked = jnp.take_along_axis(logp, labels[..., None], -1)
-        norm = jax.nn.logsumexp(h @ W.T / 0.7, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logp) * logp)
-        return jnp.sum(picked) + 0.3 * entropy + 0.1 * jnp.sum(norm**2)
+def test_a_base_kept_in_bfloat16_computes_the_bits_of_one_in_float32():
+    """`split_params` keeps what is frozen in the type that it is computed in."""
+    given = stage(ONE, "lora", jnp.bfloat16)
+    _, _, params, _ = tiny_model(tie_word_embeddings=False)
+    base = given.frozen["base"]
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype(jnp.bfloat16)}
+    batch = put_batch(given.mesh, rows_of([[item] for item in items(4)]))
+    adapter, scorer = rough_adapter(given.trainable), given.policy.scorer
+    hidden = jax.jit(lambda base: scorer.hidden(with_adapter(base, adapter), batch))
+    scores = jax.jit(lambda base: scorer.scores(with_adapter(base, adapter), batch))
+    np.testing.assert_array_equal(hidden(base), hidden(params))
+    jax.tree.map(np.testing.assert_array_equal, scores(base), scores(params))
 
-    np.testing.assert_allclose(chunked(h, W), full(h, W), rtol=1e-5)
-    for a, b in zip(jax.grad(chunked, (0, 1))(h, W), jax.grad(full, (0, 1))(h, W), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+def pair_batch(answers: list[Encoded], slots: int) -> dict[str, np.ndarray]:
+    """One row of pairs; the last of its `slots` may be empty."""
+    row = make_row(answers, 160, 0)
+    row["pairs"] = (np.arange(slots) < len(answers) // 2).astype(np.float32)
+    return {name: x[None] for name, x in row.items()}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fresh_adapter_is_its_own_reference(dtype):
+    """The base without the adapter: the first DPO loss is log 2, to the bit."""
+    given = stage(ONE, "lora", dtype)
+    batch = jax.tree.map(jnp.asarray, pair_batch(items(8, seed=3), 4))
+    objective = preference(given.policy, beta=0.1, alpha=0.0)
+    sums, metrics = jax.jit(objective.sums)(given.trainable, given.frozen, batch)
+    assert np.float32(sums["dpo"] / objective.weights(batch)["dpo"]) == np.float32(np.log(2.0))
+    assert float(metrics["margin"][0]) == 0.0
+    moved, metrics = jax.jit(objective.sums)(rough_adapter(given.trainable), given.frozen, batch)
+    assert float(moved["dpo"]) != float(sums["dpo"]) and float(metrics["margin"][0]) != 0.0
 
 
 def test_preference_loss_equals_a_loop_over_pairs():
     _, _, params, scorer = tiny_model()
     _, _, reference, _ = tiny_model(seed=7)
     answers = items(6, seed=3)
-    row = make_row(answers, 160, 0)
-    batch = {name: jnp.asarray(x[None]) for name, x in row.items()}
-    batch["pairs"] = jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
+    batch = jax.tree.map(jnp.asarray, pair_batch(answers, 4))
     objective = preference(Policy(scorer, scorer, adapted=False), beta=0.1, alpha=1.0)
-    sums, _ = objective.sums(params, {"reference": reference}, batch)
+    sums, _ = jax.jit(objective.sums)(params, {"reference": reference}, batch)
     weights = objective.weights(batch)
     ours = sum(float(sums[name] / weights[name]) for name in sums)
 
+    scores = jax.jit(lambda params, row: scorer.scores(params, row))
+
     def answer_logp(p, item):
         row = {name: jnp.asarray(x[None]) for name, x in make_row([item], 40, 0).items()}
-        return float(jnp.sum(scorer.scores(p, row).logp * row["weights"])), sum(item.is_target[1:])
+        return float(jnp.sum(scores(p, row).logp * row["weights"])), sum(item.is_target[1:])
 
     losses = []
     for chosen, rejected in zip(answers[::2], answers[1::2], strict=True):
