@@ -51,9 +51,14 @@ class Stage:
         return self.program.step(self.state).lower(self.state, self.frozen, self.batch)
 
     def lower_held_out(self):
-        """The held-out loss, which takes a whole batch at once."""
-        held_out = HeldOut(self.program.policy, {}, 1, self.config.batch_rows, self.mesh)
-        return held_out.sums.lower(self.state.params, self.frozen, self.batch)
+        """The held-out loss, of as many rows as a step holds at a time."""
+        rows = self.config.batch_rows // self.config.accumulation
+        held_out = HeldOut(self.program.policy, {}, 1, rows, self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
+            for name, x in self.batch.items()
+        }
+        return held_out.sums.lower(self.state.params, self.frozen, batch)
 
 
 def read_model_sizes(model: Path) -> tuple[str, Sizes]:
@@ -114,11 +119,29 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of shapes with shardings: what one device holds."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Of shapes with shardings: what one device holds; a TPU fills the tiles of its memory."""
+
+    def held(leaf) -> int:
+        size = tiled_size if leaf.sharding.mesh.devices.flat[0].platform == "tpu" else math.prod
+        return size(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(held(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def tiled_size(shape: tuple[int, ...]) -> int:
+    """Elements with padding to tiles of 8 x 128, the last two axes in the order that pads less.
+
+    Fewer than 8 rows take a tile of the next power of two.
+    """
+    if len(shape) < 2:
+        return math.prod(shape)
+
+    def padded(rows: int, lanes: int) -> int:
+        tile = min(8, 1 << (rows - 1).bit_length())
+        return math.ceil(rows / tile) * tile * math.ceil(lanes / 128) * 128
+
+    *outer, m, n = shape
+    return math.prod(outer) * min(padded(m, n), padded(n, m))
 
 
 def count_parameters(tree: Any) -> int:

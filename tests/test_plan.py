@@ -15,7 +15,7 @@ from medreason_jax import targets
 from medreason_jax.cli import exit_code_of, run_arguments
 from medreason_jax.collectives import find_collectives
 from medreason_jax.config import TrainConfig
-from medreason_jax.plan import make_plan, needed_bytes
+from medreason_jax.plan import make_plan, needed_bytes, tiled_size
 from medreason_jax.targets import parse_target
 from tests.tiny import FIELDS, some_mesh
 
@@ -88,6 +88,16 @@ def test_arithmetic_by_kind_counts_what_each_setting_costs(model):
     assert of(remat="full").activations < of(remat="context").activations < plain.activations
     adapter = of(lora={"rank": 2})
     assert adapter.parameters < adapter.frozen == plain.parameters
+
+
+def test_a_tpu_fills_its_tiles():
+    assert tiled_size((80, 16, 7392)) == 80 * 16 * 7424
+    assert tiled_size((80, 7392, 16)) == 80 * 16 * 7424  # the shorter axis becomes the rows
+    assert tiled_size((28, 512)) == 32 * 512
+    assert tiled_size((1, 4096)) == 4096
+    assert tiled_size((3, 100)) == 4 * 128
+    assert tiled_size((8192,)) == 8192
+    assert tiled_size(()) == 1
 
 
 def test_the_collectives_of_a_program_are_counted_with_their_loops():

@@ -58,4 +58,5 @@ def make_held_out(config: TrainConfig, model: Loaded, policy: Policy) -> HeldOut
         prepare_source(config, source, model.tokenizer, folder)
         folders[source.path.stem] = folder
     settings = config.held_out
-    return HeldOut(policy, folders, settings.every, config.batch_rows, model.mesh)
+    rows = config.batch_rows // config.accumulation  # what a step holds at a time
+    return HeldOut(policy, folders, settings.every, rows, model.mesh)

@@ -102,6 +102,17 @@ class Run:
         facts = {**facts, "fingerprint": self.fingerprint, "seconds": self.seconds}
         self.checkpoints.save(unit, state, facts, scores)
 
+    def halt_if_broken(self, metrics: dict[str, Any], unit: int) -> None:
+        """As the function; a save that is under way is whole before this raises.
+
+        An interpreter that ends starts no more of Orbax's threads, so the state would be lost.
+        """
+        try:
+            halt_if_broken(metrics, unit, self.folder)
+        except RuntimeError:
+            self.checkpoints.close()
+            raise
+
     def stop(self, unit: int, total: int) -> None:
         """End in a state that the same command goes on from."""
         self.checkpoints.close()

@@ -15,7 +15,6 @@ from medreason_jax.train.program import lora_of, make_program, place_split
 from medreason_jax.train.run import (
     Run,
     Trace,
-    halt_if_broken,
     load_for_training,
     prepare_sources,
     progress_bar,
@@ -70,7 +69,7 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
     def report(unit: int, metrics: dict[str, Any]) -> None:
         """Read a step's metrics while the next one runs."""
         values = {name: float(value) for name, value in gather_to_host(metrics).items()}
-        halt_if_broken(values, unit, config.folder)
+        run.halt_if_broken(values, unit)
         attended = values.pop("attended")
         del values["halted"]
         slots = config.batch_rows * config.length

@@ -96,9 +96,9 @@ def test_a_run_goes_on_with_the_same_rows_on_another_mesh(base, rows, monkeypatc
 
 
 def launch(path: Path) -> list[str]:
-    """As a command of two processes, of four devices each."""
+    """As a command of two processes, of two devices each."""
     medreason = [sys.executable, "-m", "medreason_jax.cli", "cpt", str(path)]
-    launcher = [sys.executable, str(ROOT / "launch/local"), "-n", "2", "--devices-per-process", "4"]
+    launcher = [sys.executable, str(ROOT / "launch/local"), "-n", "2", "--devices-per-process", "2"]
     return [*launcher, "--", *medreason]
 
 
@@ -115,17 +115,16 @@ def test_a_run_of_one_process_goes_on_with_two(base, undisturbed, monkeypatch, t
 
 
 def test_two_processes_agree_on_the_step_to_stop_at(base, tmp_path):
-    steps = 300
-    path, whole = (config(base, tmp_path / name, steps=steps) for name in ("parts", "whole"))
+    path, whole = (config(base, tmp_path / name, steps=40) for name in ("parts", "whole"))
     with subprocess.Popen(launch(path), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and len(metrics(tmp_path / "parts", "loss")) < 3:
+        while process.poll() is None and not (tmp_path / "parts/metrics.jsonl").is_file():
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # heard within about a second: while they compile
         told, _ = process.communicate()
-    (step,) = saved_steps(tmp_path / "parts")[-1:]
     assert process.returncode == 1, told
+    (step,) = saved_steps(tmp_path / "parts")
     for number in (0, 1):
-        assert f"[{number}] failed: stopped at {step} of {steps}, saved in" in told, told
+        assert f"[{number}] failed: stopped at {step} of 40, saved in" in told, told
     run_two_processes(path)
     run_two_processes(whole)
     assert_same_bits(tmp_path / "parts", tmp_path / "whole")
