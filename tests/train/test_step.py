@@ -85,21 +85,26 @@ def stage(mesh_shape, kind: str, dtype=jnp.float32) -> Stage:
 DOCUMENTS = items(8)
 BATCHES = {
     "alone": rows_of([[item] for item in DOCUMENTS]),
-    "packed": rows_of([DOCUMENTS[i : i + 2] for i in range(0, 8, 2)]),
+    "packed": rows_of([*(DOCUMENTS[i : i + 2] for i in range(0, 8, 2)), *[[]] * 4]),
 }
+
+
+@cache
+def compiled(mesh_shape, kind: str, accumulation: int):
+    """A tiny stage and its step."""
+    given, optimizer = stage(mesh_shape, kind), keep_gradients()
+    state = init_state(given.trainable, optimizer)
+    objective = language_modelling(given.policy)
+    return given, make_train_step(objective, optimizer, given.sharder, state, accumulation)
 
 
 @cache
 def gradients(mesh_shape, kind: str, batch: str = "alone", accumulation: int = 1):
     """(loss, {parameter: gradient}) of one step."""
-    given = stage(mesh_shape, kind)
-    trainable = given.trainable
-    if kind == "lora":
-        trainable = jax.device_put(rough_adapter(trainable), given.sharder.tree(trainable))
-    optimizer = keep_gradients()
-    state = init_state(trainable, optimizer)
-    objective = language_modelling(given.policy)
-    step = make_train_step(objective, optimizer, given.sharder, state, accumulation)
+    given, step = compiled(mesh_shape, kind, accumulation)
+    trainable = rough_adapter(given.trainable) if kind == "lora" else given.trainable
+    trainable = jax.device_put(trainable, given.sharder.tree(trainable))
+    state = init_state(jax.tree.map(jnp.copy, trainable), keep_gradients())
     state, metrics = step(state, given.frozen, put_batch(given.mesh, BATCHES[batch]))
     found = jax.tree_util.tree_leaves_with_path(state.optimizer)
     return float(metrics["loss"]), {path_name(path): np.asarray(x) for path, x in found}
@@ -117,15 +122,16 @@ def assert_same(first, second):
     ("mesh_shape", "kind"),
     [
         *((shape, "tied") for shape in ((8, 1, 1), (4, 2, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))),
-        *((shape, kind) for shape in ((4, 2, 1), (2, 2, 2)) for kind in ("untied", "lora")),
+        *(((2, 2, 2), kind) for kind in ("untied", "lora")),
     ],
 )
 def test_a_mesh_cannot_move_the_loss(mesh_shape, kind):
     assert_same(gradients(mesh_shape, kind), gradients(ONE, kind))
 
 
-@pytest.mark.parametrize("mesh_shape", [ONE, (2, 1, 1)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("mesh_shape", "kind"), [*((ONE, kind) for kind in KINDS), ((2, 1, 1), "tied")]
+)
 def test_accumulation_cannot_move_the_loss(mesh_shape, kind):
     assert_same(gradients(mesh_shape, kind, accumulation=4), gradients(ONE, kind))
 
