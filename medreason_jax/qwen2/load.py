@@ -1,5 +1,6 @@
 """A model folder opened on a mesh."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,8 @@ def open_model(
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
     compute = make_compute(sharder, sizes, dtype, remat=remat, unroll=unroll, attention=attention)
     network, _ = make_network(sizes, compute, lora, score)
+    if compute.attention.note is not None and jax.process_index() == 0:
+        print(f"attention: {compute.attention.note}", file=sys.stderr)
     return Loaded(mesh, sharder, network, model.description, lora, model.tokenizer, {})
 
 

@@ -255,3 +255,22 @@ def test_auto_names_one_kernel(platform, head_dim, name):
 def test_a_kernel_that_a_platform_has_not_is_refused(requested, platform, head_dim, match):
     with pytest.raises(ValueError, match=match):
         choose_kernel(requested, platform, head_dim, None)
+
+
+def test_a_model_on_gpus_gets_the_plain_kernel_and_says_so(capsys, monkeypatch, tmp_path):
+    from medreason_jax.config import MeshConfig
+    from medreason_jax.data.chat import ChatTokenizer
+    from medreason_jax.data.tokenizer_training import train_tokenizer
+    from medreason_jax.qwen2 import load
+    from medreason_jax.qwen2.folder import Description, ModelFolder, save_model
+    from tests.tiny import tiny_model
+
+    train_tokenizer(["a b c"] * 20, 320, "", tmp_path / "tokenizer")
+    _, network, params, _ = tiny_model()
+    tokenizer = ChatTokenizer(tmp_path / "tokenizer")
+    save_model(tmp_path / "model", params, Description(network.sizes), tokenizer)
+    as_on_gpu = lambda requested, platform, *rest: choose_kernel(requested, "gpu", *rest)  # noqa: E731
+    monkeypatch.setattr(load, "choose_kernel", as_on_gpu)
+    loaded = load.open_model(ModelFolder(tmp_path / "model"), MeshConfig(), "float32")
+    assert loaded.network.compute.attention.name == "xla"
+    assert "attention: plain attention on GPU" in capsys.readouterr().err
