@@ -131,7 +131,7 @@ class ModelFolder:
                 f"{path}: base={values.base!r} is not at {place.resolve()}; move it back, or edit "
                 "base"
             )
-        base = ModelFolder(place)
+        base = ModelFolder(place.resolve())  # tensorstore takes no ".." in a path
         if fingerprint(base) != values.fingerprint:
             raise ValueError(
                 f"{path}: base={values.base!r} is another model than the adapter was trained on; "
