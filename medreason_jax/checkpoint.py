@@ -94,7 +94,7 @@ class StateCheckpoints:
         keep_every: int | None = None,
         keep_best: tuple[str, Literal["min", "max"]] | None = None,
     ):
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()
         self.best = None if keep_best is None else Best(self.folder, *keep_best)
         self.saving: int | None = None
         options = ocp.CheckpointManagerOptions(
@@ -230,7 +230,7 @@ def save_params(folder: Path, params: Any) -> None:
         params, save_args=save_args(params), ocdbt_target_data_file_size=file_bytes
     )
     with ocp.AsyncCheckpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=args, force=True)
+        checkpointer.save(folder.resolve(), args=args, force=True)
 
 
 def local_bytes(x: jax.Array | np.ndarray) -> int:
@@ -244,7 +244,7 @@ def load_params(folder: Path, abstract_params: Any, shardings: Any) -> Any:
     """Parameters of `save_params`, each placed by its leaf of `shardings`."""
     require_folder(folder)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), abstract_like(abstract_params, shardings))
+        return checkpointer.restore(folder.resolve(), abstract_like(abstract_params, shardings))
 
 
 def require_folder(folder: Path) -> None:
@@ -296,7 +296,7 @@ def open_stores(folder: Path) -> dict[str, ts.TensorStore]:
     Parameters are written as zarr 3, train states as zarr 2.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
     keys = ts.KvStore.open(database, context=context).result().list().result()
     drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
     places = (key.decode().rpartition("/") for key in keys)

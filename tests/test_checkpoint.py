@@ -302,3 +302,12 @@ def test_reading_holds_one_layer_of_a_large_leaf():
         peak = peak_of_reading(Path(folder) / "params")
     layer = leaf[0].nbytes / 1e6
     assert peak < 2 * layer + 300, f"{peak:.0f} MB for layers of {layer:.0f} MB"
+
+
+def test_a_way_over_the_parent_folder_is_a_path_like_any_other(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    winding, params = tmp_path / "a" / ".." / "params", {"w": jnp.arange(6.0)}
+    save_params(winding, params)
+    np.testing.assert_array_equal(ParamReader(winding).read("w"), params["w"])
+    shardings = {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+    np.testing.assert_array_equal(load_params(winding, params, shardings)["w"], params["w"])
