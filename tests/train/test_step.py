@@ -167,6 +167,8 @@ def test_a_frozen_base_has_no_optimizer_state_and_outlives_the_step():
     objective = language_modelling(given.policy)
     step = make_train_step(objective, optimizer, given.sharder, state, 2)
     batch = put_batch(given.mesh, rows_of([[item] for item in items(4)]))
+    (_, frozen, _), _ = step.lower(state, given.frozen, batch).args_info
+    assert not any(argument.donated for argument in jax.tree.leaves(frozen))
     after, _ = step(state, given.frozen, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))  # that is donated
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, given.frozen), before)
