@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Best:
         if mode not in ("min", "max"):
             raise ValueError(f"keep_best of {metric} is {mode!r}; give 'min' or 'max'")
         self.metric, self.choose = metric, {"min": min, "max": max}[mode]
-        self.scores: dict[int, float] = {}
+        self.scores: dict[int, float] = {}  # of finite metrics, by step
         for path in folder.glob("[0-9]*/scores/metadata"):
             try:
                 self.score(int(path.parts[-3]), json.loads(path.read_bytes()))
@@ -73,9 +74,13 @@ class Best:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = [info.step for info in checkpoints]
-        scored = [step for step in steps if step in self.scores]
-        best = self.choose(scored, key=self.scores.__getitem__) if scored else None
+        best = self.step(steps)
         return [step == best for step in steps]
+
+    def step(self, steps: Sequence[int]) -> int | None:
+        """The best of the steps; None where none of them has a score."""
+        scored = [step for step in steps if step in self.scores]
+        return self.choose(scored, key=self.scores.__getitem__) if scored else None
 
 
 class StateCheckpoints:
@@ -148,9 +153,8 @@ class StateCheckpoints:
         those of the save. A damaged state is named and set aside; RuntimeError if no other is left.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(map(int, self.manager.all_steps()), reverse=True):
-            damage = find_damage(self.folder / str(step), jax.process_index(), jax.process_count())
-            damage = first_message(damage)
+        for step in reversed(self.steps()):
+            damage = self._damage(step)
             if damage is None:
                 self._set_aside(damaged, step)
                 return step, *self._read(step, abstract_state)
@@ -162,6 +166,23 @@ class StateCheckpoints:
                 "the folder to start anew"
             )
         return None
+
+    def restore_best(self, abstract_state: Any) -> tuple[int, Any]:
+        """(step, state) of the best state by `keep_best`; RuntimeError if it is damaged."""
+        assert self.best is not None
+        self.manager.wait_until_finished()
+        step = self.best.step(self.steps())
+        if step is None:
+            raise RuntimeError(f"{self.folder} holds no state with a finite {self.best.metric}")
+        damage = self._damage(step)
+        if damage is not None:
+            raise RuntimeError(f"{self.folder}: the best state, of step {step}: {damage}")
+        return step, self._read(step, abstract_state)[0]
+
+    def _damage(self, step: int) -> str | None:
+        """What any process finds wrong with a state."""
+        folder = self.folder / str(step)
+        return first_message(find_damage(folder, jax.process_index(), jax.process_count()))
 
     def _set_aside(self, damaged: dict[int, str], whole: int) -> None:
         """Rename damaged states, so that their steps can be saved anew."""
@@ -187,6 +208,10 @@ class StateCheckpoints:
         )
         restored = self.manager.restore(step, args=args)
         return restored["state"], restored["facts"]
+
+    def steps(self) -> list[int]:
+        """Of the states that are whole, in order."""
+        return sorted(map(int, self.manager.all_steps()))
 
     def close(self) -> None:
         """Waits until the last save is whole."""

@@ -278,7 +278,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @app.command()
 def report(run_dir: Path) -> None:
-    """The HTML report of a run.  Example: medreason report runs/formulary"""
+    """The HTML report of a run or of a stage.  Example: medreason report runs/formulary"""
     from medreason_jax.report import write_report
 
     print(f"report  {write_report(run_dir)}")

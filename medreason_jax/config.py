@@ -167,10 +167,14 @@ class PreferenceConfig(Strict):
 
 
 class HeldOutConfig(Strict):
-    """Records whose loss is measured every so many steps; the best state by it is kept."""
+    """Records whose loss is measured every so many steps, and of every state that is saved.
+
+    The best state by it is kept; `finish_with: best` makes it the stage's model.
+    """
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     every: Positive = 100
+    finish_with: Literal["last", "best"] = "last"
 
     @model_validator(mode="after")
     def _names(self):

@@ -1,6 +1,7 @@
 """The report and the terminal's table, from a made-up run."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from medreason_jax.report import write_report
 from medreason_jax.report.acceptance import tabulate_counts
-from medreason_jax.report.figures import PANELS, matching_columns, thin_out
+from medreason_jax.report.figures import PANELS, matching_columns, read_panel, thin_out
 from medreason_jax.report.jsonl import read_rows
 from medreason_jax.report.summary import format_seconds
 from medreason_jax.report.table import stage_table
@@ -193,8 +194,20 @@ def test_a_summary_alone_is_enough_and_no_summary_is_an_error(tmp_path: Path):
     )
     text = "".join(read(write_report(tmp_path)).text)
     assert "bare" in text and "Not for reporting" not in text
-    with pytest.raises(ValueError, match=r"summary\.json is missing"):
+    with pytest.raises(ValueError, match=r"neither summary\.json nor metrics\.jsonl"):
         write_report(tmp_path / "elsewhere")
+
+
+def test_a_stage_alone_has_a_report_of_its_curves(tmp_path: Path):
+    rows = [{"step": i, "loss": 5.0 / i} for i in range(1, 9)]
+    rows += [{"step": i, "held_out_loss": loss} for i, loss in ((4, 7.0), (8, 2.0))]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    (tmp_path / "config.yaml").write_text("kind: cpt\n")
+    text = "".join(read(write_report(tmp_path)).text)
+    assert "Loss" in text and "kind: cpt" in text
+    assert "Held-out perplexity" in text and "Reward" not in text
+    held_out = next(panel for panel in PANELS if panel.perplexity)
+    assert read_panel(held_out, rows) == {"held_out_loss": ([4, 8], [math.exp(7), math.exp(2)])}
 
 
 def test_a_failed_report_leaves_the_last_one(tmp_path: Path):
@@ -224,6 +237,7 @@ def test_columns_are_matched_by_whole_words():
         [
             "step",
             "loss",
+            "held_out_loss/books",
             "ppo/value_loss",
             "kl",
             "approx_kl",
@@ -237,6 +251,7 @@ def test_columns_are_matched_by_whole_words():
     found = {panel.title: matching_columns(panel, [row]) for panel in PANELS}
     assert found == {
         "Loss": ["loss", "ppo/value_loss"],
+        "Held-out perplexity": ["held_out_loss/books"],
         "Reward": [],
         "KL": ["kl"],
         "KL of the update": ["approx_kl"],

@@ -1,12 +1,12 @@
-"""The report of a run: one static HTML file without external resources.
+"""The report of a run, or of one stage: a static HTML file without external resources.
 
-Read from the run's folder, everything optional except the first:
+Read from the run's folder, everything optional except the first (a stage's own folder has none):
 
     summary.json                      stages with accuracies, intervals and times (summary.py)
     <stage>/metrics.jsonl             {"step", "loss", "learning_rate", … any number}
     <stage>/eval-<split>/predictions.jsonl   replies to the evaluation's questions (samples.py)
     data/report.json                  nested counts of data generation (acceptance.py)
-    recipe.resolved.yaml              shown as it is
+    recipe.resolved.yaml              shown as it is; of a stage its config.yaml
 """
 
 import json
@@ -24,7 +24,7 @@ from medreason_jax.report.summary import (
     format_questions,
     format_seconds,
     format_share,
-    read_summary,
+    read_run,
 )
 
 __all__ = ["render_report", "write_report"]
@@ -32,17 +32,17 @@ __all__ = ["render_report", "write_report"]
 
 def render_report(run_dir: Path) -> str:
     """HTML of the run's report."""
-    summary = read_summary(run_dir)
-    names = [stage.name for stage in summary.stages]
+    summary, folders = read_run(run_dir)
     evaluation = "eval" if summary.split is None else f"eval-{summary.split}"
     curves = {}
-    for name in names:
-        rows = read_rows(run_dir / name / "metrics.jsonl")
+    for name, folder in folders.items():
+        rows = read_rows(folder / "metrics.jsonl")
         drawn = {panel.title: draw_panel(name, panel, rows) for panel in PANELS}
         curves[name] = {title: svg for title, svg in drawn.items() if svg is not None}
     data_path = run_dir / "data" / "report.json"
     counts = json.loads(data_path.read_text(encoding="utf-8")) if data_path.exists() else {}
-    recipe_path = run_dir / "recipe.resolved.yaml"
+    texts = (run_dir / name for name in ("recipe.resolved.yaml", "config.yaml"))
+    recipe = next((path.read_text(encoding="utf-8") for path in texts if path.exists()), None)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -64,9 +64,12 @@ def render_report(run_dir: Path) -> str:
         tiles=list(find_tiles(counts)),
         tables=tabulate_counts(counts),
         samples=collect_samples(
-            {n: read_predictions(run_dir / n / evaluation / "predictions.jsonl") for n in names}
+            {
+                name: read_predictions(folder / evaluation / "predictions.jsonl")
+                for name, folder in folders.items()
+            }
         ),
-        recipe=recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else None,
+        recipe=recipe,
     )
 
 

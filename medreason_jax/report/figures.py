@@ -46,10 +46,12 @@ class Panel:
     words: frozenset[str]
     without: frozenset[str] = frozenset()
     percent: bool = False
+    perplexity: bool = False  # of a column that holds a loss
 
 
 PANELS = (
-    Panel("Loss", "loss (nats)", frozenset({"loss"})),
+    Panel("Loss", "loss (nats)", frozenset({"loss"}), frozenset({"held"})),
+    Panel("Held-out perplexity", "perplexity", frozenset({"held", "loss"}), perplexity=True),
     Panel("Reward", "mean reward (0 to 1)", frozenset({"reward"})),
     Panel(
         "KL",
@@ -80,6 +82,15 @@ def matching_columns(panel: Panel, rows: Sequence[Row]) -> list[str]:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     words = {column: set(re.split(r"[^a-z0-9]+", column.lower())) for column in columns}
     return [c for c in columns if panel.words <= words[c] and not panel.without & words[c]]
+
+
+def read_panel(panel: Panel, rows: Sequence[Row]) -> dict[str, Curve]:
+    """The panel's curves by column, without those that have no point."""
+    curves = {c: read_column(rows, c) for c in matching_columns(panel, rows)[: len(SERIES)]}
+    curves = {column: curve for column, curve in curves.items() if curve[0]}
+    if panel.perplexity:
+        curves = {c: (steps, [math.exp(v) for v in loss]) for c, (steps, loss) in curves.items()}
+    return curves
 
 
 def thin_out(curve: Curve) -> Curve:
@@ -124,8 +135,7 @@ def draw_curve(axes: Axes, curve: Curve, colour: str, label: str) -> None:
 
 def draw_panel(stage: str, panel: Panel, rows: Sequence[Row]) -> str | None:
     """SVG of the panel's columns over the steps of a stage; None where it has none of them."""
-    curves = {c: read_column(rows, c) for c in matching_columns(panel, rows)[: len(SERIES)]}
-    curves = {column: curve for column, curve in curves.items() if curve[0]}
+    curves = read_panel(panel, rows)
     if not curves:
         return None
     with matplotlib.rc_context(STYLE):
@@ -133,6 +143,8 @@ def draw_panel(stage: str, panel: Panel, rows: Sequence[Row]) -> str | None:
         axes = figure.add_subplot()
         for colour, (column, curve) in zip(SERIES, curves.items(), strict=False):
             draw_curve(axes, curve, colour, column)
+        if panel.perplexity:
+            axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.set_ylabel(panel.unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

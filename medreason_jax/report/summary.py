@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from medreason_jax.manifest import read_manifest
+
 Interval = tuple[float, float]
 
 
@@ -45,11 +47,21 @@ class Summary(BaseModel):
     report: str | None = None
 
 
-def read_summary(run_dir: Path) -> Summary:
-    path = run_dir / "summary.json"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: give the folder of a run that finished a stage")
-    return Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+def read_run(folder: Path) -> tuple[Summary, dict[str, Path]]:
+    """The summary of a run, or of one stage by itself, and the folder of each stage by name."""
+    path = folder / "summary.json"
+    if path.exists():
+        summary = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return summary, {stage.name: folder / stage.name for stage in summary.stages}
+    if not (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{folder} holds neither summary.json nor metrics.jsonl: give the folder of a run that "
+            "finished, or of a stage"
+        )
+    name, finished = folder.resolve().name, read_manifest(folder)
+    seconds = None if finished is None else finished["seconds"]
+    stages = [Stage(name=name, seconds=seconds)]
+    return Summary(name=name, not_for_reporting=False, stages=stages), {name: folder}
 
 
 def format_questions(scores: Scores) -> str:

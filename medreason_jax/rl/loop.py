@@ -29,7 +29,6 @@ from medreason_jax.train.optimizer import Rate
 from medreason_jax.train.program import lora_of, make_policy, optimizer_of, place_split
 from medreason_jax.train.run import (
     Run,
-    halt_if_broken,
     load_for_training,
     progress_bar,
     resolved,
@@ -109,7 +108,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
             | floats(rollout_metrics)
             | reward_metrics(judged, completions)
         )
-        halt_if_broken(values, iteration, config.folder)
+        run.halt_if_broken(values, iteration)
         del values["halted"]
         run.write(iteration, values, {})
         bar.set_postfix_str(f"reward {values['reward']:.3f} kl {values['kl']:.3f}", refresh=False)

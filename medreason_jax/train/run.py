@@ -36,7 +36,13 @@ class Stopped(RuntimeError):
 class Run:
     """The files of one stage's run: train states, metric log, clock; survives being killed."""
 
-    def __init__(self, config: RunConfig, fingerprint: str, keep_best: str | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        fingerprint: str,
+        keep_best: str | None = None,
+        finish_with_best: bool = False,
+    ):
         self.config, self.folder, self.fingerprint = config, config.folder, fingerprint
         self.checkpoints = StateCheckpoints(
             config.folder / "states",
@@ -44,6 +50,7 @@ class Run:
             config.keep_every,
             None if keep_best is None else (keep_best, "min"),
         )
+        self.finish_with_best = finish_with_best
         self.main = jax.process_index() == 0
         self.before = 0.0  # seconds of earlier attempts, up to their last saved state
         self.stop_requested = False
@@ -93,7 +100,7 @@ class Run:
 
     def is_due(self, unit: int, total: int) -> bool:
         if unit == total:
-            return self.config.keep_states
+            return self.config.keep_states or self.finish_with_best
         return unit % self.config.checkpoint_every == 0
 
     def keep(
@@ -103,15 +110,31 @@ class Run:
         self.checkpoints.save(unit, state, facts, scores)
 
     def halt_if_broken(self, metrics: dict[str, Any], unit: int) -> None:
-        """As the function; a save that is under way is whole before this raises.
+        """A loss or gradient that is not finite ends the run; what is saved is from before it.
 
-        An interpreter that ends starts no more of Orbax's threads, so the state would be lost.
+        A save that is under way is waited for: an interpreter that ends starts no more of Orbax's
+        threads, so that the state would be lost.
         """
-        try:
-            halt_if_broken(metrics, unit, self.folder)
-        except RuntimeError:
-            self.checkpoints.close()
-            raise
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self.checkpoints.close()
+                raise RuntimeError(f"{name} is {metrics[name]} at step {unit}; {self.last_saved()}")
+
+    def last_saved(self) -> str:
+        steps = self.checkpoints.steps()
+        if not steps:
+            return "no state had been saved, the same command starts anew"
+        return f"the last good state is of step {steps[-1]}, in {self.folder / 'states'}"
+
+    def chosen(self, state: TrainState, unit: int, sharder: Sharder) -> tuple[Params, int]:
+        """The parameters that the stage ends with and their unit; `state` is given away."""
+        if not self.finish_with_best:
+            return state.params, unit
+        abstract = abstract_like(state, sharder.tree(state))
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()  # two states may not fit
+        unit, best = self.checkpoints.restore_best(abstract)
+        return best.params, unit
 
     def stop(self, unit: int, total: int) -> None:
         """End in a state that the same command goes on from."""
@@ -194,15 +217,6 @@ def resolved(config: C, model: Loaded) -> C:
 def way_to(config: RunConfig) -> str:
     """From the stage's folder to the model that it started from: a run can be moved whole."""
     return os.path.relpath(config.model.resolve(), config.folder.resolve())
-
-
-def halt_if_broken(metrics: dict[str, Any], unit: int, folder: Path) -> None:
-    """A loss or gradient that is not finite ends the run; the saved states are from before it."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
-            raise RuntimeError(
-                f"{name} is {metrics[name]} at step {unit}; the last good state is in {folder}"
-            )
 
 
 def progress_bar(label: str, total: int, done: int) -> tqdm:

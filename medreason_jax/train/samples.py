@@ -28,6 +28,8 @@ class Samples:
         path: Path,
     ):
         lines = list(islice(iterate_lines(settings.prompts), settings.count))
+        if not lines:
+            raise ValueError(f"samples.prompts: {settings.prompts} holds no prompt")
         self.records = [record for _, record in lines]
         vocab_size = policy.scorer.network.sizes.vocab_size
         self.prompts = [prompt_ids(tokenizer, r, place, vocab_size) for place, r in lines]
@@ -61,4 +63,6 @@ def make_samples(config: TrainConfig, model: Loaded, policy: Policy) -> Samples 
         return None
     engine = model.replace(network=policy.scorer.network).engine(config.samples.count)
     path = config.folder / "samples.jsonl"
-    return Samples(config.samples, policy, engine, model.tokenizer, path)
+    samples = Samples(config.samples, policy, engine, model.tokenizer, path)
+    model.check_length(max(map(len, samples.prompts)) + config.samples.max_new_tokens)
+    return samples

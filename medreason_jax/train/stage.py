@@ -54,7 +54,12 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
 
     if jax.process_index() == 0:
         save_yaml(resolved(config, model), config.folder / "config.yaml")
-    run = Run(config, batches.fingerprint, keep_best=held_out and held_out.metric)
+    run = Run(
+        config,
+        batches.fingerprint,
+        keep_best=None if held_out is None else held_out.metric,
+        finish_with_best=config.held_out is not None and config.held_out.finish_with == "best",
+    )
     state, done = run.start(state, model.sharder)
     batches = with_schedule(config, batches, run, done)
     speed = Speed(config.folder, model.network.sizes, lora, run.main)
@@ -86,8 +91,10 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
             report(*pending)
         pending, stop = (unit, metrics), run.stop_agreed(unit)
         last = unit == steps
-        saving = run.is_due(unit, steps) or stop
-        measuring = held_out is not None and (held_out.is_due(unit) or last)
+        due = run.is_due(unit, steps)
+        saving = due or stop
+        # what is saved is measured too, so that the best by it can be kept
+        measuring = held_out is not None and (held_out.is_due(unit) or due or last)
         sampling = samples is not None and (samples.is_due(unit) or last)
         if saving or measuring or sampling or last:
             report(*pending)  # a state is saved only after its step was found good
@@ -110,8 +117,9 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
     bar.close()
     trace.close()
     pace = speed.close()
+    params, chosen = run.chosen(state, steps, model.sharder)
     summary = {"kind": config.kind, "steps": steps, "parent": way_to(config), "data": facts}
-    return run.finish(state.params, model, lora, {**summary, **pace})
+    return run.finish(params, model, lora, {**summary, **pace, "model_step": chosen})
 
 
 def step_count(config: TrainConfig, facts: list[dict[str, Any]]) -> int:

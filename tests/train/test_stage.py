@@ -67,6 +67,9 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
+FALLS_THEN_RISES = {"learning_rate": 2.0, "warmup_ratio": 0.9}  # the loss
+
+
 def source(place: Path, name: str) -> dict[str, Any]:
     kind = "sft" if "chats" in name else "text"
     return {"path": str(place / f"{name}.jsonl"), "kind": kind}
@@ -99,9 +102,9 @@ def measured(place) -> Path:
         place,
         "measured",
         steps=8,
-        optimizer={"learning_rate": 2.0, "warmup_ratio": 0.9},  # the loss falls, then rises
+        optimizer=FALLS_THEN_RISES,
         sources=[source(place, "texts"), source(place, "chats")],
-        checkpoint_every=1,
+        checkpoint_every=2,
         keep_last=1,
         keep_states=True,
         held_out={"sources": held_out, "every": 3},
@@ -162,8 +165,8 @@ def held_out_lines(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def test_held_out_losses_come_at_the_cadence_and_at_the_end(measured):
-    assert list(held_out_lines(measured)) == [3, 6, 8]
+def test_held_out_losses_come_at_the_cadence_and_with_every_saved_state(measured):
+    assert list(held_out_lines(measured)) == [2, 3, 4, 6, 8]
     trained = [line["step"] for line in lines(measured / "metrics.jsonl") if "loss" in line]
     assert trained == list(range(1, 9))
 
@@ -172,7 +175,7 @@ def test_held_out_losses_equal_a_plain_pass_over_the_prepared_rows(measured):
     model = ModelFolder(measured)
     names = ("other_texts", "other_chats")
     rows = {name: list(Rows(measured / "prepared" / f"held_out-{name}")) for name in names}
-    best = min((3, 6), key=lambda step: held_out_lines(measured)[step]["held_out_loss"])
+    best = best_saved(measured)
     states = {8: read_tree(model), best: state_params(measured / f"states/{best}", model.abstract)}
     for step, params in states.items():
         found = held_out_lines(measured)[step]
@@ -183,11 +186,26 @@ def test_held_out_losses_equal_a_plain_pass_over_the_prepared_rows(measured):
         assert found["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_best_state_outlives_later_ones_without_a_measurement(measured):
-    scores = {step: line["held_out_loss"] for step, line in held_out_lines(measured).items()}
-    assert scores[3] < scores[6]  # or the best would be one of the last anyway
-    found = {path.name for path in (measured / "states").iterdir() if path.name.isdigit()}
-    assert found == {"3", "8"}
+def best_saved(folder: Path) -> int:
+    return min((2, 4, 6, 8), key=lambda step: held_out_lines(folder)[step]["held_out_loss"])
+
+
+def test_the_best_state_outlives_later_ones(measured):
+    best = best_saved(measured)
+    assert best < 6  # or the best would be one of the last anyway
+    found = {int(path.name) for path in (measured / "states").iterdir() if path.name.isdigit()}
+    assert found == {best, 8}
+
+
+def test_a_stage_may_finish_with_its_best_state(place, measured):
+    held_out = {"sources": [source(place, "other_texts")], "every": 3, "finish_with": "best"}
+    changes = {"optimizer": FALLS_THEN_RISES, "checkpoint_every": 2, "keep_last": 1}
+    given = config(place, "best", steps=8, keep_states=True, held_out=held_out, **changes)
+    manifest = train_stage(given)
+    model, best = ModelFolder(given.folder), best_saved(given.folder)
+    assert manifest["model_step"] == best < 8
+    saved = state_params(given.folder / f"states/{best}", model.abstract)
+    jax.tree.map(np.testing.assert_array_equal, read_tree(model), saved)
 
 
 def test_samples_are_the_greedy_answers_of_the_model(measured, place):
@@ -203,6 +221,17 @@ def test_samples_are_the_greedy_answers_of_the_model(measured, place):
         assert line["text"] == model.tokenizer.decode(answer.ids)
         assert line["finish_reason"] == answer.finish_reason
     assert any(line["text"] for line in written)
+
+
+def test_sample_prompts_that_cannot_be_answered_are_refused(place, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    for prompts, new, message in (
+        (tmp_path / "none.jsonl", 6, r"samples\.prompts: .* holds no prompt"),
+        (place / "prompts.jsonl", 512, r"length=\d+ is beyond the model's longest row, 512"),
+    ):
+        samples = {"prompts": str(prompts), "every": 5, "count": 3, "max_new_tokens": new}
+        with pytest.raises(ValueError, match=message):
+            train_stage(config(place, "x", folder=str(tmp_path / "run"), samples=samples))
 
 
 def test_pace_is_written_for_every_step(measured):
@@ -240,7 +269,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_with_the_last_good_state(
         return {**found, "weights": found["weights"] * np.float32(np.nan if bad else 1.0)}
 
     monkeypatch.setattr(Batches, "row", broken)
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 3; the last good state is in"):
+    with pytest.raises(RuntimeError, match=r"nan at step 3; the last good state is of step 2"):
         train_stage(given)
     monkeypatch.undo()
     before = lines(given.folder / "metrics.jsonl")
