@@ -4,19 +4,17 @@ Questions of one case series share most of their stem; they get one group and so
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from data_gen.decontaminate import squeeze
-from data_gen.records import Mcq, Split, hash_fraction, read_records, write_records
+from data_gen.near_duplicates import find_groups
+from data_gen.records import Mcq, Split, read_records, write_records
 from data_gen.split import assign_splits
 
-SAME_START = 64  # characters
-SAME_WINDOW = 128  # characters; longer than any common closing question
-SAMPLED = 16  # one window in so many is looked at, chosen by its content
+SIMILARITY = 0.7  # Jaccard, of 5-character windows, from which two questions are one group
 
 
 class _Source(BaseModel, extra="ignore"):
@@ -41,13 +39,14 @@ def write_mcq_bank(
     Returns the path of each file by its name without suffix.
     """
     read = [record.model_dump() for record in read_records(path, _Source)]
-    groups = find_series([record["question"] for record in read])
+    texts = [record["question"] for record in read]
+    groups = find_groups(texts, [None] * len(texts), SIMILARITY)
     fields = {"source": source, "language": language}
     mcqs = [
         Mcq.model_validate({**record, **fields, "group": f"{source}/{group}"})
         for record, group in zip(read, groups, strict=True)
     ]
-    mcqs = assign_splits(list({mcq.id: mcq for mcq in mcqs}.values()), shares, seed)
+    mcqs = assign_splits(list({mcq.id: mcq for mcq in mcqs}.values()), shares, seed).questions
     mcqs.sort(key=lambda mcq: mcq.id)
     training = [mcq for mcq in mcqs if mcq.split in ("search", "rl")]
     files: dict[str, Iterable[Any]] = {
@@ -58,29 +57,6 @@ def write_mcq_bank(
     for name, records in files.items():
         write_records(folder / name, records)
     return {Path(name).stem: folder / name for name in files}
-
-
-def find_series(questions: Sequence[str]) -> list[str]:
-    """A group name for every question: one for all that share their start or a long window."""
-    parent = list(range(len(questions)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[str, int] = {}
-    for i, question in enumerate(questions):
-        for mark in _marks(squeeze(question)):
-            other = first.setdefault(mark, i)
-            parent[max(root(i), root(other))] = min(root(i), root(other))
-    return [f"{hash_fraction(squeeze(questions[root(i)])):.12f}"[2:] for i in range(len(questions))]
-
-
-def _marks(text: str) -> set[str]:
-    windows = (text[i : i + SAME_WINDOW] for i in range(len(text) - SAME_WINDOW + 1))
-    return {text[:SAME_START], *(w for w in windows if sum(w[::8].encode()) % SAMPLED == 0)}
 
 
 def _private_record(mcq: Mcq) -> dict[str, Any]:

@@ -8,47 +8,52 @@ fingerprint in its report and does nothing.
 import asyncio
 import hashlib
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import Any, NamedTuple
 
 from data_gen.answers import judge
-from data_gen.budget import Budget
-from data_gen.config import Config, Decontamination, Pairs
-from data_gen.decontaminate import Decontaminator, Item
-from data_gen.endpoints import Endpoints, alias_of, open_endpoints
-from data_gen.journal import Journal, open_journal, summarise
+from data_gen.config import Config, Pairs, Search
+from data_gen.decontaminate_files import decontaminate_problems, read_evaluation
+from data_gen.difficulty import DifficultyFilter
+from data_gen.endpoints import alias_of, roles_of
+from data_gen.engine import open_teachers, workers_of
+from data_gen.journal import summarise
 from data_gen.pairs import Paired, make_pairs
-from data_gen.problems import ProblemMaker, rejected
-from data_gen.progress import map_concurrently
+from data_gen.parquet import load_pyarrow, write_parquet
+from data_gen.problems import Passed, ProblemMaker
+from data_gen.progress import map_concurrently, tell
 from data_gen.prompting import load_prompts
+from data_gen.questions import read_questions
 from data_gen.records import (
     Candidate,
     Mcq,
     Problem,
     Rejected,
     Sft,
+    SftKind,
     Trace,
+    VerifierSample,
     content_id,
-    iterate_records,
     read_records,
     write_atomically,
     write_records,
 )
-from data_gen.report import count_pairs, count_problems, count_search
+from data_gen.report import count_filtered, count_pairs, count_problems, count_search
 from data_gen.rewrite import Rewriter, Rewritten
 from data_gen.search import Searcher, conclusion_of
-from data_gen.split import assign_splits
-from data_gen.teacher import Endpoint, Patience, Teacher, make_http_client
-from data_gen.verifiers import RuleVerifier, TeacherVerifier, Verifier
+from data_gen.teacher import Teacher
+from data_gen.verdict import VerifierKind
+from data_gen.verifier_samples import verifier_samples
+from data_gen.verifiers import Verifier, make_verifier
 
-REPORT_FORMAT = 2  # of report.json: an older one is made again, which costs no call
-FILES = ("problems", "traces", "sft", "rl", "pairs", "rejected")
+REPORT_FORMAT = 3  # of report.json: an older one is made again, which costs no call
+SHAPES_NO_OUTPUT = {"out", "concurrency", "retries", "limits", "prices", "network", "teacher"}
+SHAPES_ANSWERS = {"revision", "temperature", "top_p", "max_tokens", "seed", "structured_output"}
+FILES = ("problems", "traces", "sft", "rl", "pairs", "rejected", "verifier")
+ABLATIONS: tuple[SftKind, ...] = ("direct", "simple_cot", "option_only")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Tools:
     reasoner: Teacher
     verifier: Teacher
     rewriter: Teacher
+    models: list[Teacher]
     prompts: dict[str, str]
 
 
@@ -67,7 +73,9 @@ def run(config: Config) -> dict[str, Any]:
     done = _finished_report(config.out, fingerprint)
     if done is not None:
         return done
+    _check_formats(config)
     report = asyncio.run(_run(config))
+    _write_formats(config)
     report = {"fingerprint": fingerprint, **report}
     write_atomically(config.out / "report.json", [json.dumps(report, indent=2) + "\n"])
     return report
@@ -78,7 +86,7 @@ async def _run(config: Config) -> dict[str, Any]:
     async with open_tools(config) as tools:
         made = await make_problems(config, tools)
         _write_problems(config.out, made)
-        found = await search(config, made.problems, made.keys, tools)
+        found = await search(config, made.problems, made.mcqs, tools)
     _write_found(config.out, found, made.rejected)
     paired = pair(config.pairs, config.seed, made.problems, found.sft, found.traces, candidates)
     write_sorted(config.out / "pairs.jsonl", paired.pairs)
@@ -96,6 +104,7 @@ async def run_problems(config: Config) -> dict[str, Any]:
         made = await make_problems(config, tools)
     _write_problems(config.out, made)
     write_sorted(config.out / "rejected.jsonl", made.rejected)
+    _write_formats(config)
     return made.counts
 
 
@@ -103,12 +112,26 @@ async def run_search(config: Config) -> dict[str, Any]:
     """Only search and rewriting, of the problems in the out folder; returns their counts."""
     problems = read_records(config.out / "problems.jsonl", Problem)
     before = read_records(config.out / "rejected.jsonl", Rejected)
-    keys = {mcq.id: mcq.answer for mcq in read_records(config.bank, Mcq)}
+    mcqs = {mcq.id: mcq for mcq in read_records(config.bank, Mcq)}
     async with open_tools(config) as tools:
-        found = await search(config, problems, keys, tools)
+        found = await search(config, problems, mcqs, tools)
     earlier = [record for record in before if record.stage not in ("search", "rewrite")]
     _write_found(config.out, found, earlier)
+    _write_formats(config)
     return found.counts
+
+
+def _check_formats(config: Config) -> None:
+    """Better said before the first call than after the last."""
+    if config.parquet:
+        load_pyarrow()
+
+
+def _write_formats(config: Config) -> None:
+    if config.parquet:
+        paths = [config.out / f"{name}.jsonl" for name in FILES]
+        paths += sorted((config.out / "ablations").glob("*.jsonl"))
+        write_parquet(path for path in paths if path.exists())
 
 
 def _write_problems(out: Path, made: "Made") -> None:
@@ -119,6 +142,10 @@ def _write_problems(out: Path, made: "Made") -> None:
 def _write_found(out: Path, found: "Found", earlier: Sequence[Rejected]) -> None:
     write_sorted(out / "traces.jsonl", found.traces)
     write_sorted(out / "sft.jsonl", found.sft)
+    write_sorted(out / "verifier.jsonl", found.verifier)
+    for kind in ABLATIONS:
+        path = out / "ablations" / f"{kind}.jsonl"
+        write_sorted(path, [record for record in found.ablations if record.kind == kind])
     write_sorted(out / "rejected.jsonl", [*earlier, *found.rejected])
 
 
@@ -127,97 +154,59 @@ def _write_found(out: Path, found: "Found", earlier: Sequence[Rejected]) -> None
 
 @dataclass(frozen=True)
 class Made:
-    """What the bank became; `keys` are its answers by question id."""
+    """What the bank became; `mcqs` are its questions by id."""
 
     problems: list[Problem]
     rejected: list[Rejected]
-    keys: dict[str, str]
+    mcqs: dict[str, Mcq]
     counts: dict[str, Any]
 
 
 async def make_problems(config: Config, tools: Tools) -> Made:
-    """Every question of the bank, as a problem or rejected."""
-    bank = read_records(config.bank, Mcq)
-    evaluation = read_evaluation(config.decontamination.evaluation)
-    shares = config.split
-    mcqs = assign_splits(
-        bank,
-        {"search": shares.search, "rl": shares.rl, "dev": shares.dev, "test": shares.test},
-        config.seed,
+    """Every question, as a problem or rejected."""
+    asked = read_questions(config)
+    tell(asked.notes)
+    made = await map_concurrently(
+        asked.mcqs, _maker(config, tools).make, workers_of(config), "problems"
     )
-    maker = ProblemMaker(
+    refused = [*asked.rejected, *(record for record in made if isinstance(record, Rejected))]
+    own = config.decontamination
+    problems, dropped, told = decontaminate_problems(
+        [*asked.mixed, *(record for record in made if isinstance(record, Problem))],
+        {mcq.id: mcq for mcq in asked.mcqs},
+        read_evaluation(own.evaluation),
+        rule=own.rule,
+        window=own.window,
+        coverage=own.coverage,
+    )
+    problems, refused = _by_id(problems), _by_id([*refused, *dropped])
+    counts = count_problems(problems, refused, told, asked.notes)
+    return Made(problems, refused, {mcq.id: mcq for mcq in asked.mcqs}, counts)
+
+
+async def run_filter(config: Config) -> dict[str, Any]:
+    """Only rules, groups, splits and filters; writes filtered.jsonl, rejected.jsonl."""
+    asked = read_questions(config)
+    tell(asked.notes)
+    async with open_tools(config) as tools:
+        work = _maker(config, tools).filter
+        passed = await map_concurrently(asked.mcqs, work, workers_of(config), "filter")
+    refused = [*asked.rejected, *(record for record in passed if isinstance(record, Rejected))]
+    kept = [record.as_mcq() for record in passed if isinstance(record, Passed)]
+    write_sorted(config.out / "filtered.jsonl", kept)
+    write_sorted(config.out / "rejected.jsonl", refused)
+    return count_filtered([*kept, *asked.mixed], refused, asked.notes)
+
+
+def _maker(config: Config, tools: Tools) -> ProblemMaker:
+    models = [(config.problems.difficulty_models[i].model, t) for i, t in enumerate(tools.models)]
+    return ProblemMaker(
         filterer=tools.reasoner if config.problems.teacher_filter else None,
         reformatter=tools.rewriter,
         prompts=tools.prompts,
         min_question_chars=config.problems.min_question_chars,
+        difficulty=DifficultyFilter(models, tools.prompts) if models else None,
     )
-    distinct = list({mcq.id: mcq for mcq in reversed(mcqs)}.values())[::-1]
-    made = await map_concurrently(distinct, maker.make, config.concurrency, "problems")
-    refused = [*_duplicates(mcqs), *(r for r in made if isinstance(r, Rejected))]
-    problems, dropped = decontaminate(
-        [p for p in made if isinstance(p, Problem)],
-        {mcq.id: mcq for mcq in distinct},
-        evaluation,
-        config.decontamination,
-    )
-    problems, refused = _by_id(problems), _by_id([*refused, *dropped])
-    keys = {mcq.id: mcq.answer for mcq in distinct}
-    return Made(problems, refused, keys, count_problems(bank, problems, refused))
-
-
-def _duplicates(mcqs: Sequence[Mcq]) -> list[Rejected]:
-    seen: Counter[str] = Counter()
-    found = []
-    for mcq in mcqs:
-        seen[mcq.id] += 1
-        if seen[mcq.id] > 1:
-            record = rejected(mcq, "duplicate", "id is in the bank already").model_dump()
-            del record["id"]
-            found.append(Rejected.model_validate({**record, "occurrence": seen[mcq.id]}))
-    return found
-
-
-def decontaminate(
-    problems: Iterable[Problem],
-    questions: dict[str, Mcq],
-    evaluation: Sequence[Item],
-    settings: Decontamination,
-) -> tuple[list[Problem], list[Rejected]]:
-    """Drop training problems that an evaluation file or the bank's own dev or test split holds."""
-    problems = list(problems)
-    held_out = [p for p in problems if p.split in ("dev", "test")]
-    items = [*evaluation, *(Item(problem.question, problem.answer) for problem in held_out)]
-    index = Decontaminator(items, settings.rule, settings.window, settings.coverage)
-    kept, dropped = held_out, []
-    for problem in problems:
-        if problem.split in ("dev", "test"):
-            continue
-        hit = index.find(problem.question, problem.answer)
-        mcq = questions[problem.mcq_id] if problem.mcq_id is not None else None
-        if hit is None and mcq is not None:
-            hit = index.find_equal(mcq.question, mcq.answer)
-        if hit is None:
-            kept.append(problem)
-            continue
-        detail = f"{hit.covered:.2f} of it in: {items[hit.item].question[:80]}"
-        record = {"stage": "decontaminate", "reason": hit.how, "detail": detail}
-        record |= {"problem_id": problem.id, "mcq_id": problem.mcq_id, "split": problem.split}
-        dropped.append(Rejected.model_validate(record))
-    return kept, dropped
-
-
-def read_evaluation(paths: Iterable[Path]) -> list[Item]:
-    """The items of evaluation files: problems or multiple-choice questions, one a line."""
-    return [
-        Item(record.question, record.answer if record.answer is not None else "")
-        for path in paths
-        for record in iterate_records(path, _Evaluated)
-    ]
-
-
-class _Evaluated(BaseModel, extra="allow"):
-    question: str
-    answer: str | None = None
 
 
 # --- search and rewrite -----------------------------------------------------------------------
@@ -229,22 +218,24 @@ class Found:
 
     traces: list[Trace]
     sft: list[Sft]
+    ablations: list[Sft]
+    verifier: list[VerifierSample]
     rejected: list[Rejected]
     counts: dict[str, Any]
 
 
 async def search(
-    config: Config, problems: Sequence[Problem], keys: dict[str, str], tools: Tools
+    config: Config, problems: Sequence[Problem], mcqs: dict[str, Mcq], tools: Tools
 ) -> Found:
     """Search every problem of the search split, rewrite what was verified.
 
-    `keys` are the bank's answers by question id: by them wrong traces and records are counted.
+    `mcqs` are the bank's questions by id: by their answers wrong traces and records are counted.
     """
     settings = config.search
     weights = settings.strategies
     searcher = Searcher(
         reasoner=tools.reasoner,
-        verifier=_verifier(settings.verifier, tools),
+        verifier=_verifier(settings.verifier, settings, tools),
         prompts=tools.prompts,
         weights={
             "explore": weights.explore,
@@ -257,13 +248,19 @@ async def search(
         fresh_restart=settings.fresh_restart,
         backtrack_from=settings.backtrack_from,
         seed=config.seed,
+        label_conditioned=settings.label_conditioned,
     )
     rewriter = Rewriter(
         teacher=tools.rewriter,
+        verifier=_verifier(config.rewrite.verifier, settings, tools),
         prompts=tools.prompts,
-        direct_share=config.rewrite.direct_share,
-        simple_cot_share=config.rewrite.simple_cot_share,
+        shares={
+            "direct": config.rewrite.direct_share,
+            "simple_cot": config.rewrite.simple_cot_share,
+            "option_only": config.rewrite.option_only_share,
+        },
         seed=config.seed,
+        mcqs=mcqs,
     )
 
     async def work(problem: Problem) -> tuple[Trace | Rejected, Rewritten | None]:
@@ -273,20 +270,28 @@ async def search(
         return trace, await rewriter.rewrite(problem, trace)
 
     own = [problem for problem in problems if problem.split == "search"]
-    results = await map_concurrently(own, work, config.concurrency, "search and rewrite")
-    return _collect(own, results, keys)
+    results = await map_concurrently(own, work, workers_of(config), "search and rewrite")
+    for verifier in (searcher.verifier, rewriter.verifier):
+        await verifier.close()
+    return _collect(own, results, mcqs, settings.verifier)
 
 
-def _verifier(kind: str, tools: Tools) -> Verifier:
-    if kind == "rule":
-        return RuleVerifier()
-    return TeacherVerifier(tools.verifier, tools.prompts["verify"], tools.prompts["repair"])
+def _verifier(kind: VerifierKind, settings: Search, tools: Tools) -> Verifier:
+    return make_verifier(
+        kind,
+        tools.verifier,
+        tools.prompts,
+        sees_question=settings.verifier_sees_question,
+        rule_seconds=settings.rule_seconds,
+        teacher_seconds=settings.teacher_seconds,
+    )
 
 
 def _collect(
     problems: Sequence[Problem],
     results: Sequence[tuple[Trace | Rejected, Rewritten | None]],
-    keys: dict[str, str],
+    mcqs: dict[str, Mcq],
+    judged_by: VerifierKind,
 ) -> Found:
     traces = _by_id([trace for trace, _ in results if isinstance(trace, Trace)])
     rewritten = [rewrite for _, rewrite in results if rewrite is not None]
@@ -294,21 +299,30 @@ def _collect(
     lost = [trace for trace, _ in results if isinstance(trace, Rejected)]
     unwritten = [rewrite.rejected for rewrite in rewritten if rewrite.rejected is not None]
     refused = _by_id([*lost, *unwritten])
-    answers = {problem.id: _key(problem, keys) for problem in problems}
+    ablations = [record for rewrite in rewritten for record in rewrite.ablations]
+    samples = verifier_samples(problems, [trace for trace, _ in results], judged_by)
+    answers = {problem.id: _key(problem, mcqs) for problem in problems}
     ends = [(trace.problem_id, conclusion_of(trace.steps)) for trace in traces]
     wrong_traces = _count_wrong(ends, answers)
     wrong_sft = _count_wrong([(str(r.problem_id), r.response) for r in sft], answers)
     counts = count_search(len(problems), traces, sft, refused, wrong_traces, wrong_sft)
-    return Found(traces, sft, refused, counts)
+    counts["search"]["verifier_samples"] = len(samples)
+    return Found(traces, sft, ablations, samples, refused, counts)
 
 
-def _count_wrong(ends: Iterable[tuple[str, str]], answers: dict[str, str]) -> int:
+class _Key(NamedTuple):
+    answer: str
+    options: dict[str, str] | None
+
+
+def _count_wrong(ends: Iterable[tuple[str, str]], keys: dict[str, _Key]) -> int:
     """How many of the (problem id, text) pairs the rule does not find right."""
-    return sum(judge(text, answers[problem]).outcome != "true" for problem, text in ends)
+    return sum(judge(text, *keys[problem]).outcome != "true" for problem, text in ends)
 
 
-def _key(problem: Problem, keys: dict[str, str]) -> str:
-    return keys[problem.mcq_id] if problem.mcq_id in keys else problem.answer
+def _key(problem: Problem, mcqs: dict[str, Mcq]) -> _Key:
+    known = mcqs.get(problem.mcq_id) if problem.mcq_id is not None else None
+    return _Key(problem.answer if known is None else known.answer, problem.options)
 
 
 # --- pairs ------------------------------------------------------------------------------------
@@ -349,59 +363,42 @@ def read_candidates(path: Path | None) -> list[Candidate]:
 async def open_tools(config: Config) -> AsyncIterator[Tools]:
     """Prompts, journal and teachers; on the way out what has arrived is made durable."""
     prompts = load_prompts(config.language, config.prompts)
-    with open_endpoints(config.teacher) as endpoints:
-        journal = await open_journal(config.out / "journal.sqlite")
-        try:
-            limits = config.limits
-            budget = Budget(
-                config.concurrency, limits.max_calls, limits.max_tokens, journal.spent()
-            )
-            async with make_http_client() as http:
-                yield _make_tools(config, endpoints, http, journal, budget, prompts)
-        finally:
-            await journal.drain()
-            journal.close()
+    models = {model_role(i): role for i, role in enumerate(config.problems.difficulty_models, 1)}
+    async with open_teachers(config, {**roles_of(config.teacher), **models}) as teachers:
+        yield Tools(
+            reasoner=teachers["reasoner"],
+            verifier=teachers["verifier"],
+            rewriter=teachers["rewriter"],
+            models=[teachers[name] for name in models],
+            prompts=prompts,
+        )
 
 
-def _make_tools(
-    config: Config,
-    endpoints: Endpoints,
-    http: Any,
-    journal: Journal,
-    budget: Budget,
-    prompts: dict[str, str],
-) -> Tools:
-    retries = config.retries
-    patience = Patience(retries.attempts, retries.first_wait, retries.longest_wait)
-
-    def teacher(endpoint: Endpoint) -> Teacher:
-        return Teacher(endpoint, http, journal, budget, patience)
-
-    return Tools(
-        reasoner=teacher(endpoints.reasoner),
-        verifier=teacher(endpoints.verifier),
-        rewriter=teacher(endpoints.rewriter),
-        prompts=prompts,
-    )
+def model_role(number: int) -> str:
+    """What the journal calls a small model that judges how hard questions are."""
+    return f"difficulty model {number}"
 
 
 def fingerprint_of(config: Config) -> str:
     """A hash of all that shapes the outputs: settings, and the contents of the files they name."""
-    settings = config.model_dump(
-        mode="json", exclude={"out", "concurrency", "retries", "limits", "teacher"}
-    )
+    settings = config.model_dump(mode="json", exclude=SHAPES_NO_OUTPUT)
+    del settings["problems"]["difficulty_models"]
     roles = (config.teacher.reasoner, config.teacher.verifier, config.teacher.rewriter)
+    roles = (*roles, *config.problems.difficulty_models)
     teachers = [
-        role if role is None else [alias_of(role), role.temperature, role.max_tokens, role.seed]
+        None
+        if role is None
+        else [alias_of(role), *role.model_dump(include=SHAPES_ANSWERS).values()]
         for role in roles
     ]
     files = [config.bank, *config.decontamination.evaluation]
     files += [path for path in (config.pairs.candidates,) if path is not None]
+    files += [source.path for source in config.mix]
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     prompts = load_prompts(config.language, config.prompts)
     return content_id(
         {"settings": settings, "teachers": teachers, "files": contents, "prompts": prompts}
-        | {"report_format": REPORT_FORMAT}
+        | {"report_format": REPORT_FORMAT, "repairs": config.retries.repairs}
     )
 
 
@@ -410,24 +407,6 @@ def summarise_calls(out: Path) -> dict[str, Any]:
     kept = ("calls", "prompt_tokens", "completion_tokens")
     summary = summarise(out / "journal.sqlite")
     return {role: {name: counts[name] for name in kept} for role, counts in summary.items()}
-
-
-def read_status(out: Path) -> dict[str, Any]:
-    """What a folder holds so far, also beside a run that is writing it."""
-    journal = out / "journal.sqlite"
-    if not journal.exists():
-        raise ValueError(f"{out}: no run has written here (journal.sqlite is missing)")
-    counts = {}
-    for name in FILES:
-        path = out / f"{name}.jsonl"
-        if path.exists():
-            with open(path, "rb") as lines:
-                counts[name] = sum(1 for _ in lines)
-    return {
-        "finished": (out / "report.json").exists(),
-        "calls": summarise(journal),
-        "records": counts,
-    }
 
 
 def write_sorted(path: Path, records: Iterable[Any]) -> int:

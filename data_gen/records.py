@@ -7,6 +7,7 @@ records carry the spelling of the published HuatuoGPT-o1 files beside ours and a
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ from pydantic import BaseModel, ValidationError, model_validator
 Split = Literal["search", "rl", "dev", "test"]
 Outcome = Literal["true", "false", "unscored"]
 Action = Literal["Inner Thinking", "Final Conclusion", "Verification"]
-SftKind = Literal["complex_cot", "simple_cot", "direct"]
+SftKind = Literal["complex_cot", "simple_cot", "direct", "option_only"]
+
+HELD_OUT: tuple[Split, ...] = ("dev", "test")
 
 PROBLEM_SPELLING = {"question": "Open-ended Verifiable Question", "answer": "Ground-True Answer"}
 SFT_SPELLING = {"question": "Question", "thinking": "Complex_CoT", "response": "Response"}
@@ -55,6 +58,7 @@ class Mcq(BaseModel, extra="allow"):
     group: str | None = None
     split: Split | None = None
     part: str | None = None
+    explanation: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -63,13 +67,16 @@ class Mcq(BaseModel, extra="allow"):
 
 
 class Problem(BaseModel, extra="allow"):
-    """An open question with one short true answer."""
+    """A question with one short true answer: open, or with the options it is asked with."""
 
     id: str
     question: str
     answer: str
+    options: dict[str, str] | None = None
     mcq_id: str | None = None
+    source: str = "unnamed"
     language: str = "en"
+    explanation: str | None = None
     group: str | None = None
     split: Split | None = None
     part: str | None = None
@@ -80,6 +87,18 @@ class Problem(BaseModel, extra="allow"):
         return _with_id(
             _with_both_spellings(data, PROBLEM_SPELLING), ("question", "answer", "mcq_id")
         )
+
+
+def list_options(options: Mapping[str, str]) -> str:
+    """Options, one a line, as a question shows them."""
+    return "\n".join(f"{letter}. {text}" for letter, text in options.items())
+
+
+def question_text(question: Mcq | Problem) -> str:
+    """A question as it is asked: followed by its options where it has them."""
+    if not question.options:
+        return question.question
+    return f"{question.question}\n{list_options(question.options)}"
 
 
 class Step(BaseModel, extra="forbid"):
@@ -102,6 +121,10 @@ class Trace(BaseModel, extra="allow"):
     label_conditioned: bool = False
     calls: list[str] = []
     failed: list[list[Step]] = []
+    unscored: list[list[Step]] = []
+    split: Split | None = None
+    group: str | None = None
+    source: str = "unnamed"
 
     @model_validator(mode="before")
     @classmethod
@@ -128,6 +151,7 @@ class Sft(BaseModel, extra="allow"):
     part: str | None = None
     split: Split | None = None
     group: str | None = None
+    source: str = "unnamed"
 
     @model_validator(mode="before")
     @classmethod
@@ -163,13 +187,43 @@ class Preference(BaseModel, extra="allow"):
     rejected: Side
     chosen_kind: str
     rejected_kind: str
+    chosen_tier: str | None = None
+    rejected_tier: str | None = None
     explain: bool
     problem_id: str | None = None
+    split: Split | None = None
+    group: str | None = None
+    source: str = "unnamed"
 
     @model_validator(mode="before")
     @classmethod
     def _add_id(cls, data: Any) -> Any:
         return _with_id(data, ("prompt", "chosen", "rejected", "explain", "problem_id"))
+
+
+class VerifierSample(BaseModel, extra="allow"):
+    """One judged conclusion, to train a verifier on; `label_source` says who judged it.
+
+    `rule` is what the rule finds, beside a label that came from a teacher.
+    """
+
+    id: str
+    question: str
+    answer: str
+    conclusion: str
+    label: bool
+    label_source: str
+    rule: Outcome
+    options: dict[str, str] | None = None
+    problem_id: str | None = None
+    split: Split | None = None
+    group: str | None = None
+    source: str = "unnamed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_id(cls, data: Any) -> Any:
+        return _with_id(data, ("question", "answer", "conclusion", "label", "label_source"))
 
 
 class Candidate(BaseModel, extra="allow"):
@@ -203,6 +257,12 @@ class Rejected(BaseModel, extra="allow"):
     stage: str
     reason: str
     detail: str = ""
+    mcq_id: str | None = None
+    problem_id: str | None = None
+    split: Split | None = None
+    group: str | None = None
+    source: str = "unnamed"
+    calls: list[str] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -247,21 +307,30 @@ def write_records(path: str | Path, records: Iterable[BaseModel | Mapping[str, A
 
 
 def write_atomically(path: str | Path, chunks: Iterable[str]) -> None:
-    """Replace a file in one step: a reader or a crash sees the old file or the new one."""
+    """Replace a file in one step: a reader or a crash sees the old file or the new one.
+
+    The file is its owner's alone (mkstemp makes it 0600), as a new folder is.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
             out.writelines(chunks)
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder and what is missing above it for the owner alone; one that is there stays."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def describe_error(error: ValidationError) -> str:
@@ -305,7 +374,8 @@ def _with_both_spellings(data: Any, spelling: dict[str, str]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """The value, short, without a password that stands in a URL."""
+    text = re.sub(r"(?<=//)[^/@\s]+@", "***@", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

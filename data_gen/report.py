@@ -7,27 +7,57 @@ from typing import Any
 from data_gen.answers import accuracy_interval
 from data_gen.records import Mcq, Preference, Problem, Rejected, Sft, Trace
 
-PROBLEM_STAGES = {"duplicate", "rules", "filter", "reformat"}
+# In the order in which a question meets them; a stage that rejected nothing is counted too.
+FILTER_STAGES = ("mix", "duplicate", "split", "rules", "difficulty", "filter")
+
+
+def count_filtered(
+    kept: Sequence[Mcq | Problem], rejected: Sequence[Rejected], notes: Sequence[str]
+) -> dict[str, Any]:
+    """The questions through the filters: how many each rejected and why, none lost."""
+    own = [record for record in rejected if record.stage in FILTER_STAGES]
+    by_stage = Counter(record.stage for record in own)
+    return {
+        "filter": {
+            "in": len(kept) + len(own),
+            "accepted": len(kept),
+            "by_stage": {stage: by_stage[stage] for stage in FILTER_STAGES},
+            "rejected": _reasons(own),
+        },
+        "splits": _sorted(Counter(str(question.split) for question in kept)),
+        "groups": len({question.group for question in kept}),
+        "notes": list(notes),
+    }
 
 
 def count_problems(
-    bank: Sequence[Mcq], problems: Sequence[Problem], rejected: Sequence[Rejected]
+    problems: Sequence[Problem],
+    rejected: Sequence[Rejected],
+    decontamination: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The bank's questions through filter, reformat and decontamination."""
-    own = [record for record in rejected if record.stage in PROBLEM_STAGES]
+    """The questions through filter, reformat and decontamination; `decontamination` is what both
+    of its rules found."""
+    stages = (*FILTER_STAGES, "reformat")
+    own = [record for record in rejected if record.stage in stages]
     dropped = [record for record in rejected if record.stage == "decontaminate"]
+    accepted = len(problems) + len(dropped)
     return {
         "problems": {
-            "in": len(bank),
-            "accepted": len(bank) - len(own),
+            "in": accepted + len(own),
+            "accepted": accepted,
             "rejected": _reasons(own),
+            "notes": list(notes),
         },
         "decontaminate": {
-            "in": len(bank) - len(own),
+            "in": accepted,
             "accepted": len(problems),
             "rejected": _reasons(dropped),
+            **decontamination,
         },
         "splits": _sorted(Counter(str(problem.split) for problem in problems)),
+        "groups": len({problem.group for problem in problems}),
+        "sources": _sorted(Counter(problem.source for problem in problems)),
     }
 
 
@@ -64,6 +94,7 @@ def count_search(
             "accepted": len(traces) - len(unwritten),
             "rejected": _reasons(unwritten),
             "records": _sorted(Counter(record.kind for record in sft)),
+            "label_conditioned": sum(trace.label_conditioned for trace in traces),
         },
         "verifier_accepted_wrong": _wrong(wrong_traces, len(traces)),
         "wrong_accepted_share": wrong_sft / len(sft) if sft else 0.0,
@@ -75,12 +106,14 @@ def count_pairs(pairs: Sequence[Preference], left_out: Mapping[str, int]) -> dic
     """Preference pairs by form and kinds."""
     forms = Counter("with explanation" if p.explain else "answer only" for p in pairs)
     kinds = Counter(f"{pair.chosen_kind} over {pair.rejected_kind}" for pair in pairs)
+    tiers = Counter(f"{pair.chosen_tier} over {pair.rejected_tier}" for pair in pairs)
     return {
         "pairs": {
             "accepted": len(pairs),
             "problems": len({pair.problem_id for pair in pairs}),
             "forms": _sorted(forms),
             "kinds": _sorted(kinds),
+            "tiers": _sorted(tiers),
             "left_out": dict(left_out),
         }
     }

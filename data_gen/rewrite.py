@@ -1,60 +1,96 @@
-"""Verified traces → natural reasoning and a final response that still carries the answer."""
+"""Verified traces → natural reasoning and a final response that still carries the answer.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Beside the reasoning records stand those of the ablations, on the same problems: the response alone
+(`direct`), the trace's own steps as they are (`simple_cot`), and the question with its options and
+the letter of the right one (`option_only`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from data_gen.answers import has_think_format, judge
+from data_gen.answers import has_think_format
 from data_gen.problems import parse_json_object
 from data_gen.prompting import render
-from data_gen.records import Problem, Rejected, Sft, SftKind, Step, Trace, hash_fraction
+from data_gen.records import (
+    Mcq,
+    Problem,
+    Rejected,
+    Sft,
+    SftKind,
+    Step,
+    Trace,
+    hash_fraction,
+    question_text,
+)
+from data_gen.schemas import NATURAL_REASONING
 from data_gen.teacher import Teacher, Unreadable
+from data_gen.verifiers import Verifier
 
 
 class Rewritten(NamedTuple):
-    """What a trace became."""
+    """What a trace became: records to train on, and one of every other ablation."""
 
     records: list[Sft]
     rejected: Rejected | None
+    ablations: Sequence[Sft] = ()
 
 
 @dataclass(frozen=True)
 class Rewriter:
-    """Rewrites with a teacher; the shares say how many problems also give ablation records."""
+    """Rewrites with a teacher and has the response verified; `shares` say of how many problems an
+    ablation's record is trained on too."""
 
     teacher: Teacher
+    verifier: Verifier
     prompts: Mapping[str, str]
-    direct_share: float
-    simple_cot_share: float
+    shares: Mapping[SftKind, float]
     seed: int
+    mcqs: Mapping[str, Mcq] = field(default_factory=dict)
 
     async def rewrite(self, problem: Problem, trace: Trace) -> Rewritten:
         """The SFT records of one trace, or why it gives none."""
         repair = self.prompts["repair"]
-        texts = {"question": problem.question, "trace": render_trace(trace.steps)}
+        question = question_text(problem)
+        texts = {"question": question, "trace": render_trace(trace.steps)}
         prompt = render(self.prompts["natural_reasoning"], texts)
-        thinking = await self.teacher.ask_parsed(prompt, parse_reasoning, repair)
+        thinking = await self.teacher.ask_parsed(
+            prompt, parse_reasoning, repair, schema=NATURAL_REASONING
+        )
         if thinking.value is None:
             return _reject(trace, "unreadable reasoning", thinking.error, thinking.calls)
-        texts = {"question": problem.question, "reasoning": thinking.value}
+        texts = {"question": question, "reasoning": thinking.value}
         prompt = render(self.prompts["final_response"], texts)
         response = await self.teacher.ask_parsed(prompt, parse_response, repair)
         calls = thinking.calls + response.calls
         if response.value is None:
             return _reject(trace, "unreadable response", response.error, calls)
-        verdict = judge(response.value, problem.answer)
+        verdict = await self.verifier.verify(
+            response.value, problem.answer, problem.question, problem.options
+        )
+        calls += verdict.calls
         if verdict.outcome != "true":
             detail = f"{verdict.reason}: {response.value[:120]} (reference: {problem.answer})"
             return _reject(trace, "answer lost", detail, calls)
-        parts: dict[SftKind, str] = {"complex_cot": thinking.value}
-        if hash_fraction(self.seed, "direct", problem.id) < self.direct_share:
-            parts["direct"] = ""
-        if hash_fraction(self.seed, "simple_cot", problem.id) < self.simple_cot_share:
-            parts["simple_cot"] = render_simply(trace.steps)
-        records = [
-            _sft(problem, trace, kind, text, response.value, calls) for kind, text in parts.items()
+        own = _sft(problem, trace, "complex_cot", thinking.value, response.value, calls)
+        ablations = [
+            _sft(problem, trace, "direct", "", response.value, calls),
+            _sft(problem, trace, "simple_cot", render_simply(trace.steps), response.value, calls),
         ]
-        return Rewritten(records, None)
+        mcq = self._with_options(problem)
+        if mcq is not None:
+            ablations.append(_option_only(problem, trace, mcq, calls))
+        drawn = [each for each in ablations if self._is_drawn(each.kind, problem)]
+        return Rewritten([own, *drawn], None, ablations)
+
+    def _is_drawn(self, kind: SftKind, problem: Problem) -> bool:
+        return hash_fraction(self.seed, kind, problem.id) < self.shares.get(kind, 0.0)
+
+    def _with_options(self, problem: Problem) -> Mcq | Problem | None:
+        """The question as it was before it was opened."""
+        if problem.options:
+            return problem
+        return self.mcqs.get(problem.mcq_id) if problem.mcq_id is not None else None
 
 
 def render_trace(steps: list[Step]) -> str:
@@ -110,6 +146,9 @@ def _reject(trace: Trace, reason: str, detail: str, calls: list[str]) -> Rewritt
         "detail": detail,
         "problem_id": trace.problem_id,
         "trace_id": trace.id,
+        "split": trace.split,
+        "group": trace.group,
+        "source": trace.source,
         "calls": calls,
     }
     return Rewritten([], Rejected.model_validate(record))
@@ -120,7 +159,7 @@ def _sft(
 ) -> Sft:
     return Sft.model_validate(
         {
-            "messages": [{"role": "user", "content": problem.question}],
+            "messages": [{"role": "user", "content": question_text(problem)}],
             "thinking": thinking,
             "response": response,
             "kind": kind,
@@ -128,7 +167,20 @@ def _sft(
             "part": problem.part,
             "split": problem.split,
             "group": problem.group,
+            "source": problem.source,
+            "label_conditioned": trace.label_conditioned,
             "trace_id": trace.id,
             "calls": calls,
         }
     )
+
+
+def _option_only(problem: Problem, trace: Trace, mcq: Mcq | Problem, calls: list[str]) -> Sft:
+    """The question with its options, answered by the option alone."""
+    options = mcq.options or {}
+    same = [key for key, text in options.items() if text == mcq.answer]
+    letter = mcq.answer_idx if isinstance(mcq, Mcq) else same[0]
+    record = _sft(problem, trace, "option_only", "", f"{letter}. {options[letter]}", calls)
+    fields = record.model_dump(exclude={"id", "Question"})
+    fields["messages"] = [{"role": "user", "content": question_text(mcq)}]
+    return Sft.model_validate(fields)

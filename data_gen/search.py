@@ -2,7 +2,9 @@
 
 A chain starts with an initial chain of thought; while the verifier finds its conclusion false, one
 of four strategies is drawn and the new steps are spliced on: old[:-1] + new, so that the new first
-Verification replaces the old last one. At most N rethinks a chain, T chains a problem.
+Verification replaces the old last one. At most N rethinks a chain, T chains a problem. If all are
+found false, `label_conditioned` allows one more chain by a teacher that is told the answer; it is
+verified like any other and the trace says how it came about.
 """
 
 import json
@@ -13,11 +15,21 @@ from typing import Any, get_args
 from data_gen.answers import Verdict
 from data_gen.problems import parse_json_object
 from data_gen.prompting import render
-from data_gen.records import Action, Problem, Rejected, Step, Trace, hash_fraction
+from data_gen.records import (
+    Action,
+    Problem,
+    Rejected,
+    Step,
+    Trace,
+    hash_fraction,
+    question_text,
+)
+from data_gen.schemas import STEPS
 from data_gen.teacher import Parsed, Teacher, Unreadable
 from data_gen.verifiers import Verifier
 
 INITIAL = "initial_cot"
+LABEL = "label_cot"
 ACTIONS = get_args(Action)
 _LAST_ACTIONS = ["Inner Thinking", "Final Conclusion", "Verification"]
 
@@ -30,6 +42,7 @@ class _Path:
     strategies: list[str] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
     failed: list[list[Step]] = field(default_factory=list)
+    unscored: list[list[Step]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     unreadable: str = ""
 
@@ -47,6 +60,7 @@ class Searcher:
     fresh_restart: bool
     backtrack_from: int
     seed: int
+    label_conditioned: bool = False
 
     async def search(self, problem: Problem) -> Trace | Rejected:
         """A trace that ends in a verified conclusion, or the reason why there is none."""
@@ -69,10 +83,21 @@ class Searcher:
                 verdict = await self._judge(problem, path)
             if verdict.outcome == "true":
                 return _trace(problem, path, restart)
+        if self.label_conditioned and verdict.outcome == "false" and path.steps:
+            if await self._follow_label(problem, path):
+                return _trace(problem, path, self.max_restarts - 1, label_conditioned=True)
         return _reject(problem, path)
 
+    async def _follow_label(self, problem: Problem, path: _Path) -> bool:
+        """One more chain by a teacher that knows the answer; whether the verifier finds it true."""
+        texts = {"answer": problem.answer, "previous": _previous(path.steps)}
+        prompt = render(self.prompts[LABEL], {"question": question_text(problem), **texts})
+        if not await self._extend(prompt, LABEL, path, self.max_restarts - 1):
+            return False
+        return (await self._judge(problem, path)).outcome == "true"
+
     async def _begin(self, problem: Problem, path: _Path, restart: int) -> bool:
-        prompt = render(self.prompts[INITIAL], {"question": problem.question})
+        prompt = render(self.prompts[INITIAL], {"question": question_text(problem)})
         steps = await self._ask(prompt, parse_initial, path, restart)
         if steps is None:
             return False
@@ -82,11 +107,12 @@ class Searcher:
 
     async def _rethink(self, problem: Problem, path: _Path, restart: int, depth: int) -> bool:
         strategy = self._choose(problem.id, restart, depth)
-        previous = json.dumps(
-            [step.model_dump(exclude_none=True) for step in path.steps[:-1]], ensure_ascii=False
-        )
-        texts = {"question": problem.question, "previous": previous}
+        texts = {"question": question_text(problem), "previous": _previous(path.steps)}
         prompt = render(self.prompts[strategy], texts)
+        return await self._extend(prompt, strategy, path, restart)
+
+    async def _extend(self, prompt: str, strategy: str, path: _Path, restart: int) -> bool:
+        """Splice the teacher's new steps on; False if they cannot be read."""
         steps = await self._ask(prompt, parse_rethought, path, restart)
         if steps is None:
             return False
@@ -96,7 +122,7 @@ class Searcher:
 
     async def _ask(self, prompt: str, parse: Any, path: _Path, sample: int) -> list[Step] | None:
         reply: Parsed[list[Step]] = await self.reasoner.ask_parsed(
-            prompt, parse, self.prompts["repair"], sample
+            prompt, parse, self.prompts["repair"], sample, schema=STEPS
         )
         path.calls += reply.calls
         if reply.value is None:
@@ -105,11 +131,15 @@ class Searcher:
 
     async def _judge(self, problem: Problem, path: _Path) -> Verdict:
         conclusion = conclusion_of(path.steps)
-        verdict = await self.verifier.verify(conclusion, problem.answer, problem.question)
+        verdict = await self.verifier.verify(
+            conclusion, problem.answer, problem.question, problem.options
+        )
         path.calls += verdict.calls
         path.verdicts.append(verdict.outcome)
         if verdict.outcome == "false":
             path.failed.append(list(path.steps))
+        elif verdict.outcome == "unscored":
+            path.unscored.append(list(path.steps))
         return verdict
 
     def _choose(self, problem_id: str, restart: int, depth: int) -> str:
@@ -181,7 +211,15 @@ def _check_thinking(steps: list[Step]) -> None:
         raise Unreadable("every step before the Final Conclusion should be Inner Thinking")
 
 
-def _trace(problem: Problem, path: _Path, restart: int) -> Trace:
+def _previous(steps: list[Step]) -> str:
+    """The steps so far without the last Verification, as a strategy's prompt shows them."""
+    shown = [step.model_dump(exclude_none=True) for step in steps[:-1]]
+    return json.dumps(shown, ensure_ascii=False)
+
+
+def _trace(
+    problem: Problem, path: _Path, restart: int, *, label_conditioned: bool = False
+) -> Trace:
     return Trace.model_validate(
         {
             "problem_id": problem.id,
@@ -190,9 +228,13 @@ def _trace(problem: Problem, path: _Path, restart: int) -> Trace:
             "strategies": path.strategies,
             "attempts": len(path.verdicts),
             "restart": restart,
-            "label_conditioned": False,
+            "label_conditioned": label_conditioned,
             "calls": path.calls,
             "failed": path.failed,
+            "unscored": path.unscored,
+            "split": problem.split,
+            "group": problem.group,
+            "source": problem.source,
         }
     )
 
@@ -211,9 +253,16 @@ def _reject(problem: Problem, path: _Path) -> Rejected:
             "detail": detail,
             "problem_id": problem.id,
             "split": problem.split,
+            "group": problem.group,
+            "source": problem.source,
             "strategies": path.strategies,
             "verdicts": path.verdicts,
-            "failed": [[step.model_dump() for step in steps] for steps in path.failed],
+            "failed": _dumped(path.failed),
+            "unscored": _dumped(path.unscored),
             "calls": path.calls,
         }
     )
+
+
+def _dumped(attempts: list[list[Step]]) -> list[list[dict[str, Any]]]:
+    return [[step.model_dump() for step in steps] for steps in attempts]

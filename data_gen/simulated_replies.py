@@ -26,12 +26,14 @@ JSON_KINDS = frozenset(
         "backtrack",
         "verify_again",
         "correct",
+        "label_cot",
         "natural_reasoning",
     }
 )
 _KIND_BY_START = (
     ("You screen examination questions for a reasoning data set.", "filter"),
     ("You turn a multiple-choice question into an open question", "reformat"),
+    ("Answer the following multiple-choice question.", "answer_options"),
     ("You solve a problem by reasoning step by step.", "initial_cot"),
     ("You compare a model's conclusion with a reference answer.", "verify"),
     ("You rewrite structured reasoning as one natural inner monologue", "natural_reasoning"),
@@ -44,15 +46,18 @@ _STRATEGIES = {
     "Backtracking": "backtrack",
     "Verification": "verify_again",
     "Correction": "correct",
+    "Reaching the Answer": "label_cot",
 }
 # What follows the question in each kind of prompt.
 _QUESTION_ENDS = {
     "filter": "\nOptions:",
     "reformat": "\nOptions:",
+    "answer_options": "\nA. ",
     "explore": "\nPrevious reasoning:",
     "backtrack": "\nPrevious reasoning:",
     "verify_again": "\nPrevious reasoning:",
     "correct": "\nPrevious reasoning:",
+    "label_cot": "\nTrue answer:",
     "natural_reasoning": "\nReasoning:",
     "final_response": "\nReasoning:",
 }
@@ -341,6 +346,19 @@ def reply_reformat(request: Request) -> str:
     return _json({"Open-ended Verifiable Question": question, "Ground-True Answer": answer})
 
 
+def reply_answer_options(request: Request) -> str:
+    """The letter of the right option, or of another as often as reasoning goes wrong."""
+    if request.record is None:
+        return "I do not know."
+    wrong = request.draw.below(request.rates.reasoning, "answer")
+    fits = [
+        letter
+        for letter, text in request.record["options"].items()
+        if (text == request.record["answer"]) != wrong
+    ]
+    return request.draw.one_of(fits, "letter") if fits else "I do not know."
+
+
 def reply_initial_cot(request: Request) -> str:
     return _json({"CoT": _steps(_think(request, request.rates.reasoning))})
 
@@ -349,6 +367,12 @@ def reply_rethink(request: Request) -> str:
     """Any of the four strategies: agree with the reviewer, then solve the problem anew."""
     agreed = {"action": "Verification", "content": "The reviewer is right: this is false."}
     return _json({"CoT": [agreed, *_steps(_think(request, request.rates.strategy))]})
+
+
+def reply_label_cot(request: Request) -> str:
+    """Told the answer, the teacher makes no slip."""
+    agreed = {"action": "Verification", "content": "The reviewer is right: this is false."}
+    return _json({"CoT": [agreed, *_steps(_think(request, 0.0))]})
 
 
 def _think(request: Request, error_rate: float) -> Thought:
@@ -371,10 +395,16 @@ def _steps(thought: Thought) -> list[dict[str, str]]:
 
 def reply_verify(request: Request) -> str:
     shown, _, reference = request.prompt.rpartition("\nReference answer:")
-    same = agrees(_after(shown, "\nConclusion:"), reference)
+    same = agrees(_unquoted(_after(shown, "\nConclusion:")), reference)
     rates = request.rates
     rate = rates.verifier_false_negative if same else rates.verifier_false_positive
     return str(same != request.draw.below(rate, "verify"))
+
+
+def _unquoted(text: str) -> str:
+    """The text between its marks, if it has them."""
+    found = re.fullmatch(r"<<<(\w+)\n(.*)\n\1>>>", text, re.DOTALL)
+    return found[2] if found else text
 
 
 _FILLER = frozenset(
@@ -478,11 +508,13 @@ def reply_other(request: Request) -> str:
 REPLIES: dict[str, Callable[[Request], str]] = {
     "filter": reply_filter,
     "reformat": reply_reformat,
+    "answer_options": reply_answer_options,
     "initial_cot": reply_initial_cot,
     "explore": reply_rethink,
     "backtrack": reply_rethink,
     "verify_again": reply_rethink,
     "correct": reply_rethink,
+    "label_cot": reply_label_cot,
     "verify": reply_verify,
     "natural_reasoning": reply_natural_reasoning,
     "final_response": reply_final_response,

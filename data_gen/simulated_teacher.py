@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import logging
 import socket
 import sys
 from collections import Counter
@@ -25,7 +26,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from data_gen.simulated_batches import Batches
 from data_gen.simulated_replies import (
     JSON_KINDS,
     REPLIES,
@@ -49,8 +52,27 @@ class Faults:
     server_error: float = 0.0  # HTTP 500
     timeout: float = 0.0  # answers, but only after `stall_seconds`
     malformed_json: float = 0.0
+    cut: float = 0.0  # the connection ends in the middle of the answer
+    latency_seconds: float = 0.0  # before every answer
     stall_seconds: float = 30.0
     retry_after_seconds: float = 1.0
+    batch_seconds: float = 0.0  # that a batch takes
+
+
+class CutAnswer(JSONResponse):
+    """An answer whose connection ends in the middle."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        half = self.body[: len(self.body) // 2]
+        await send({"type": "http.response.body", "body": half, "more_body": True})
+        # Returning here makes the server close the connection.
+
+
+def is_no_cut(record: logging.LogRecord) -> bool:
+    """Whether a line of the server's log is about something else than a cut that was asked for."""
+    return "without completing response" not in record.getMessage()
 
 
 @dataclass
@@ -65,9 +87,11 @@ class Teacher:
     injected: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
     seen: Counter[str] = field(default_factory=Counter)
+    completed: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
 
-    async def answer(self, body: dict[str, Any]) -> JSONResponse:
-        """Answer one chat request whose form has been checked."""
+    async def answer(self, body: dict[str, Any], in_batch: bool = False) -> JSONResponse:
+        """Answer one chat request whose form has been checked; a batch knows no delays or cuts."""
         prompt, kind, used = _prompt_of(body["messages"])
         whole = _digest(body)
         attempt = self.seen[whole]
@@ -81,7 +105,10 @@ class Teacher:
         if chance.below(self.faults.server_error, "500"):
             self.injected["500"] += 1
             return _error(500, "The server had an error.", "server_error")
-        if chance.below(self.faults.timeout, "timeout"):
+        if not in_batch and self.faults.latency_seconds:
+            await asyncio.sleep(self.faults.latency_seconds)
+        stalled = not in_batch and chance.below(self.faults.timeout, "timeout")
+        if stalled:
             self.injected["timeout"] += 1
             await asyncio.sleep(self.faults.stall_seconds)
         # A repaired reply is the reply that the earlier prompt gets.
@@ -92,7 +119,22 @@ class Teacher:
         if kind in JSON_KINDS and chance.below(self.faults.malformed_json, "malformed"):
             self.injected["malformed_json"] += 1
             text = malformed(text, chance)
-        return JSONResponse(_completion(body, text, whole))
+        completion = _completion(body, text, whole)
+        self.tokens.update(completion["usage"])
+        headers = {"x-request-id": f"req-{whole[:16]}-{attempt}"}
+        if not in_batch and not stalled and chance.below(self.faults.cut, "cut"):
+            self.injected["cut"] += 1
+            return CutAnswer(completion, headers=headers)
+        self.completed += 1
+        return JSONResponse(completion, headers=headers)
+
+    async def answer_in_batch(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and body of one request of a batch."""
+        refusal = _refusal(body)
+        if refusal is not None:
+            return 400, json.loads(bytes(_error(400, refusal, "invalid_request_error").body))
+        response = await self.answer(body, in_batch=True)
+        return response.status_code, json.loads(bytes(response.body))
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -100,6 +142,8 @@ class Teacher:
             "calls_by_kind": dict(self.calls),
             "faults": dict(self.injected),
             "unknown_problems": self.unknown,
+            "completed": self.completed,
+            "tokens": dict(self.tokens),
         }
 
 
@@ -184,7 +228,8 @@ def _refusal(body: Any) -> str | None:
 
 
 def make_app(teacher: Teacher) -> Starlette:
-    """The HTTP application: chat completions, models, health, stats."""
+    """The HTTP application: chat completions, files and batches, models, health, stats."""
+    batches = Batches(teacher.answer_in_batch, teacher.faults.batch_seconds)
 
     async def chat(http: HttpRequest) -> JSONResponse:
         try:
@@ -204,12 +249,14 @@ def make_app(teacher: Teacher) -> Starlette:
         return JSONResponse({"status": "ok", "problems": len(teacher.bank.by_question)})
 
     async def stats(_: HttpRequest) -> JSONResponse:
-        return JSONResponse(teacher.stats())
+        counts = {"files": len(batches.files), "batches": len(batches.batches)}
+        return JSONResponse({**teacher.stats(), **counts})
 
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", models),
+            *batches.routes(),
             *(Route(f"{start}/health", health) for start in ("", "/v1")),
             *(Route(f"{start}/stats", stats) for start in ("", "/v1")),
         ]
@@ -261,8 +308,11 @@ _FAULT_OPTIONS = {
     "--fault-500": "server_error",
     "--fault-timeout": "timeout",
     "--fault-json": "malformed_json",
+    "--fault-cut": "cut",
+    "--latency-seconds": "latency_seconds",
     "--stall-seconds": "stall_seconds",
     "--retry-after-seconds": "retry_after_seconds",
+    "--batch-seconds": "batch_seconds",
 }
 
 
@@ -356,6 +406,7 @@ def serve(teacher: Teacher, port: int) -> None:
     config = uvicorn.Config(
         make_app(teacher), log_level="warning", access_log=False, timeout_graceful_shutdown=1
     )
+    logging.getLogger("uvicorn.error").addFilter(is_no_cut)
     url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
     print(json.dumps({"base_url": url}), flush=True)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,20 +1,62 @@
 """Splits by hash of the group: items of one group stay together, whatever the order of the bank."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from data_gen.records import Mcq, Split, hash_fraction
+from data_gen.records import Mcq, Problem, Split, hash_fraction
+
+Question = TypeVar("Question", Mcq, Problem)
+
+# Reformatting and decontamination lose some of the questions that a split is given.
+_SPARE = 1.1
 
 
-def assign_splits(mcqs: Sequence[Mcq], shares: Mapping[Split, float], seed: int) -> list[Mcq]:
-    """Give every question a group (its id, where the bank names none) and a split.
+class Assigned(NamedTuple):
+    """The questions with group and split, and what should be said about the sizes."""
 
-    A split that the bank gives stands, and draws the rest of its group along.
+    questions: list[Any]
+    notes: list[str]
+
+
+def assign_splits(
+    questions: Sequence[Question],
+    shares: Mapping[Split, float],
+    seed: int,
+    at_least: Mapping[Split, int] | None = None,
+) -> Assigned:
+    """Give every question a group (its id, where it has none) and a split.
+
+    A split that the bank gives stands, and draws the rest of its group along. Splits of `at_least`
+    whose share is above 0 are topped up to so many questions and a tenth, where that leaves half of
+    the questions without a given split for training; else the shares stand, and a note says so.
     """
     given: dict[str, Split] = {}
-    for mcq in mcqs:
-        if mcq.split is not None:
-            given.setdefault(_group(mcq), mcq.split)
-    return [_with_split(mcq, given, shares, seed) for mcq in mcqs]
+    for question in questions:
+        if question.split is not None:
+            given.setdefault(_group(question), question.split)
+    sizes = Counter(_group(q) for q in questions if q.split is None and _group(q) not in given)
+    drawn: dict[str, Split] = {group: draw_split(group, shares, seed) for group in sizes}
+    wanted: dict[Split, int] = {
+        name: count
+        for name, count in ({} if at_least is None else at_least).items()
+        if shares.get(name, 0) > 0 and count > 0
+    }
+    notes = _top_up(drawn, sizes, wanted, seed)
+    split_of = {**drawn, **given}
+    placed = [
+        question.model_copy(
+            update={
+                "group": _group(question),
+                "split": question.split
+                if question.split is not None
+                else split_of[_group(question)],
+            }
+        )
+        for question in questions
+    ]
+    return Assigned(placed, [*notes, *_spanning(placed)])
 
 
 def draw_split(group: str, shares: Mapping[Split, float], seed: int) -> Split:
@@ -27,18 +69,43 @@ def draw_split(group: str, shares: Mapping[Split, float], seed: int) -> Split:
     return next(split for split in reversed(list(shares)) if shares[split] > 0)
 
 
-def _with_split(
-    mcq: Mcq, given: Mapping[str, Split], shares: Mapping[Split, float], seed: int
-) -> Mcq:
-    group = _group(mcq)
-    if mcq.split is not None:
-        split = mcq.split
-    elif group in given:
-        split = given[group]
-    else:
-        split = draw_split(group, shares, seed)
-    return mcq.model_copy(update={"group": group, "split": split})
+def _top_up(
+    drawn: dict[str, Split], sizes: Mapping[str, int], wanted: Mapping[Split, int], seed: int
+) -> list[str]:
+    """Move training groups, in the order of a hash, until the wanted splits are large enough."""
+    targets: dict[Split, int] = {name: math.ceil(_SPARE * count) for name, count in wanted.items()}
+    total = sum(sizes.values())
+    if not total or not targets:
+        return []
+    if 2 * sum(targets.values()) > total:
+        asked = " and ".join(f"{count} {name}" for name, count in wanted.items())
+        return [f"{total} questions are too few for {asked} questions: the shares stand"]
+    counts: Counter[Split] = Counter()
+    for group, split in drawn.items():
+        counts[split] += sizes[group]
+    training = sorted(
+        (group for group, split in drawn.items() if split in ("search", "rl")),
+        key=lambda group: hash_fraction(seed, "top up", group),
+    )
+    for name, target in targets.items():
+        while counts[name] < target and training:
+            group = training.pop()
+            drawn[group] = name
+            counts[name] += sizes[group]
+    return []
 
 
-def _group(mcq: Mcq) -> str:
-    return mcq.group if mcq.group is not None else mcq.id
+def _spanning(questions: Sequence[Any]) -> list[str]:
+    """A note on groups that the bank itself puts into two splits."""
+    splits: dict[str, set[str]] = {}
+    for question in questions:
+        splits.setdefault(question.group, set()).add(question.split)
+    spanning = sorted(group for group, found in splits.items() if len(found) > 1)
+    if not spanning:
+        return []
+    named = ", ".join(spanning[:3])
+    return [f"{len(spanning)} groups lie in two splits that the bank gives: {named}"]
+
+
+def _group(question: Mcq | Problem) -> str:
+    return question.group if question.group is not None else question.id

@@ -321,15 +321,30 @@ class TokenizerConfig(Strict):
 
 
 class QuestionBankConfig(Strict):
-    """The first questions of a bank in MedQA's format, split by group, and a corpus of texts."""
+    """A bank in MedQA's format (`data-gen check` writes one), split by group, and texts.
+
+    `questions` and `documents` take the first ones only; without a corpus there is no pretraining.
+    """
 
     path: Path
-    questions: Positive
-    source: str
-    dev_share: Share = 0.1
-    test_share: Share = 0.4
-    corpus: Path
-    documents: Positive
+    source: str = "own"
+    language: str = "en"
+    questions: Positive | None = None
+    dev_share: Share = 0.05
+    test_share: Share = 0.15
+    corpus: Path | None = None
+    documents: Positive | None = None
+
+    @model_validator(mode="after")
+    def _leaves_training(self):
+        if self.dev_share + self.test_share >= 1:
+            raise ValueError(
+                f"dev_share={self.dev_share} and test_share={self.test_share} leave nothing to "
+                "train on; together they are below 1"
+            )
+        if self.documents is not None and self.corpus is None:
+            raise ValueError(f"documents={self.documents} has no effect without a corpus")
+        return self
 
 
 class CandidatesConfig(Strict):
@@ -406,12 +421,21 @@ class RecipeConfig(Strict):
             raise ValueError(f"data_gen: the recipe itself sets {owned}")
         if self.model.folder is not None and self.tokenizer != TokenizerConfig():
             raise ValueError("tokenizer has no effect: model.folder brings its own; remove it")
+        bank = self.question_bank
+        if self.tokenizer.vocab_size is not None and bank is not None and bank.corpus is None:
+            raise ValueError("tokenizer.vocab_size: training one needs question_bank.corpus")
         if self.model.sizes is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("tokenizer: give folder, or vocab_size and system to train one")
         if (self.formulary is None) == (self.question_bank is None):
             raise ValueError("give formulary or question_bank, one of the two")
         seen = ["base"]
+        texts = self.question_bank is None or self.question_bank.corpus is not None
         for stage in self.stages:
+            if (stage.kind == "cpt" or stage.replay > 0) and not texts:
+                raise ValueError(
+                    f"stages.{stage.name} trains on texts: give question_bank.corpus, or leave it "
+                    "out (replay: 0)"
+                )
             if stage.name in seen:
                 raise ValueError(f"stages: the name {stage.name!r} is used twice")
             if stage.start is not None and stage.start not in seen:

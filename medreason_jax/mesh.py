@@ -131,8 +131,11 @@ class Sharder:
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """`x` laid out by the logical names of its axes."""
-        spec = self._spec(tuple(ACTIVATION_AXES[axis] for axis in axes))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, self.place(axes))
+
+    def place(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        """Where an array lies whose axes have these logical names."""
+        return NamedSharding(self.mesh, self._spec(tuple(ACTIVATION_AXES[axis] for axis in axes)))
 
     def tree(self, tree):
         """NamedSharding of every leaf: parameters, and optimizer state whose paths end alike."""
@@ -150,6 +153,21 @@ class Sharder:
             return NamedSharding(self.mesh, spec)
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def decode_tree(self, tree):
+        """As `tree`, whole over the fsdp axis: decoding would gather every kernel at every step."""
+
+        def whole(place: NamedSharding) -> NamedSharding:
+            spec = (None if axis == "fsdp" else axis for axis in place.spec)
+            return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(whole, self.tree(tree))
+
+    def unstacked(self, places):
+        """The places of one layer's parameters, of those of the stacked ones."""
+        return jax.tree.map(
+            lambda place: NamedSharding(self.mesh, PartitionSpec(*place.spec[1:])), places
+        )
 
     def _spec(self, axes) -> PartitionSpec:
         return PartitionSpec(*(self.kv_axis if axis == "kv" else axis for axis in axes))

@@ -122,8 +122,11 @@ def check_inputs(recipe: RecipeConfig, configs: list[TrainConfig | PPOConfig]) -
             ChatTokenizer(folder)
     if recipe.question_bank is not None:
         for path in (recipe.question_bank.path, recipe.question_bank.corpus):
-            if not path.is_file():
-                raise FileNotFoundError(f"question_bank: {path} does not exist; set MEDREASON_DATA")
+            if path is not None and not path.is_file():
+                raise FileNotFoundError(
+                    f"question_bank: {path} does not exist; give a bank that data-gen check wrote "
+                    "(for the examples of real text set MEDREASON_DATA)"
+                )
 
 
 # Fields of a recipe that may not change once the step that they shape has left this behind.
@@ -209,7 +212,6 @@ def make_bank(recipe: RecipeConfig, bank: Path) -> None:
     source = recipe.question_bank
     assert source is not None
     questions = read_lines(source.path)[: source.questions]
-    documents = read_lines(source.corpus)[: source.documents]
     bank.mkdir(parents=True, exist_ok=True)
     write_lines(bank / "questions.jsonl", questions)
     training = (1.0 - source.dev_share - source.test_share) / 2
@@ -227,6 +229,8 @@ def make_bank(recipe: RecipeConfig, bank: Path) -> None:
         str(bank),
         "--source",
         source.source,
+        "--language",
+        source.language,
         "--seed",
         str(recipe.seed),
         *options,
@@ -234,7 +238,9 @@ def make_bank(recipe: RecipeConfig, bank: Path) -> None:
     evaluation = read_lines(bank / "evaluation.jsonl")
     for split in ("dev", "test"):
         write_lines(bank / f"{split}.jsonl", [r for r in evaluation if r["split"] == split])
-    write_lines(bank / "corpus.jsonl", [{"id": d["id"], "text": d["text"]} for d in documents])
+    if source.corpus is not None:
+        texts = read_lines(source.corpus)[: source.documents]
+        write_lines(bank / "corpus.jsonl", [{"id": d["id"], "text": d["text"]} for d in texts])
 
 
 def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_a_saved_config_loads_back_to_the_same(tmp_path):
     stage = validate(TrainConfig, STAGE, "stage")
     save_yaml(stage, tmp_path / "stage.yaml")
     assert validate(TrainConfig, load_yaml(tmp_path / "stage.yaml", []), "again") == stage
-    for name in ("formulary", "formulary_short", "medical_smoke"):
+    for name in ("formulary", "formulary_short", "medical_smoke", "own_bank"):
         values = load_yaml(Path(__file__).parents[1] / f"configs/recipes/{name}.yaml", [])
         config = validate(RecipeConfig, values, name)
         save_yaml(config, tmp_path / "recipe.yaml")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 600
 
 # What data_gen must do without, so that it installs and runs on a machine that has none of it.
-BARRED_FROM_DATA_GEN = ("medreason_jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+BARRED_FROM_DATA_GEN = ("medreason_jax", "jax", "jaxlib", "flax", "torch", "transformers")
 OPEN_TO_MEDREASON = ("answers", "verifiers", "teacher", "records")
 BARRED_FROM_LOSSES = (
     "medreason_jax.qwen2",
@@ -29,8 +29,9 @@ BARRED_FROM_LOSSES = (
     "transformers",
     "torch",
 )
+# What `judge` is made of: the standard library and itself, without input or output.
+JUDGING = ("data_gen.answer", "data_gen.verdict")
 WITHOUT_INPUT_OR_OUTPUT = (
-    "data_gen/answers.py",
     "medreason_jax/qwen2/model.py",
     "medreason_jax/qwen2/attention.py",
     "medreason_jax/qwen2/lora.py",
@@ -120,17 +121,22 @@ def losses_knowing_a_model(root: Path) -> list[str]:
     return barred_imports(root, paths, BARRED_FROM_LOSSES)
 
 
+def judging_files(root: Path) -> list[Path]:
+    found = [*(root / "data_gen").glob("answer*.py"), root / "data_gen/verdict.py"]
+    return sorted(path for path in found if path.exists())
+
+
 def answers_beyond_the_standard_library(root: Path) -> list[str]:
     return [
         f"{path.relative_to(root)}:{line} imports {name}"
-        for path in existing(root, ("data_gen/answers.py",))
+        for path in judging_files(root)
         for line, name in imported_names(root, path)
-        if name.split(".")[0] not in sys.stdlib_module_names
+        if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith(JUDGING)
     ]
 
 
 def input_or_output(root: Path) -> list[str]:
-    paths = existing(root, WITHOUT_INPUT_OR_OUTPUT)
+    paths = [*existing(root, WITHOUT_INPUT_OR_OUTPUT), *judging_files(root)]
     found = barred_imports(root, paths, INPUT_OUTPUT_MODULES)
     for path in paths:
         for call in (node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)):
@@ -260,10 +266,10 @@ def config_fields_nobody_reads(root: Path) -> list[str]:
 
 CHECKS: dict[Callable[[Path], list[str]], tuple[str, str]] = {
     # check: (file, source) of a violation it has to see
-    data_gen_reaching_out: ("data_gen/a.py", "def f():\n    import numpy.random"),
+    data_gen_reaching_out: ("data_gen/a.py", "def f():\n    import jax.numpy"),
     medreason_reaching_into_data_gen: ("medreason_jax/a.py", "from data_gen import search"),
     losses_knowing_a_model: ("medreason_jax/train/losses.py", "from ..qwen2 import model"),
-    answers_beyond_the_standard_library: ("data_gen/answers.py", "import regex"),
+    answers_beyond_the_standard_library: ("data_gen/answer_text.py", "import regex"),
     input_or_output: ("medreason_jax/rl/advantage.py", "def f(p):\n    return p.read_text()"),
     mesh_axes_named_elsewhere: ("medreason_jax/a.py", "spec = P(None, ('data', 'x'))"),
     files_that_are_two_topics: ("tests/test_a.py", "x = 1\n" * 601),

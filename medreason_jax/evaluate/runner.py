@@ -41,10 +41,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], PREFIX[form])
             for p in problems
         ]
-        completions = engine.generate(model.params, prompts, sampling, config.seed, bar.update)
-        for problem, completion in zip(problems, completions, strict=True):
+        judged = {}
+        for number, completion in engine.stream(model.params, prompts, sampling, config.seed):
             text = PREFIX[form] + model.tokenizer.decode(completion.ids)
-            predictions.append(prediction(problem, form, text, completion.finish_reason))
+            judged[number] = prediction(problems[number], form, text, completion.finish_reason)
+            bar.update(1)
+        predictions += [judged[number] for number in range(len(problems))]
     bar.close()
     facts = {
         "model": str(config.model),

@@ -1,43 +1,105 @@
-"""The next token from logits. B batch, V vocabulary."""
+"""The next token from logits, every row by its own settings. B batch, V vocabulary."""
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
+@dataclass(frozen=True)
 class Sampling:
-    """Static sampling settings; temperature 0 is greedy."""
+    """How answers are drawn; temperature 0 is greedy."""
 
-    temperature: float = struct.field(pytree_node=False)
-    top_k: int = struct.field(pytree_node=False)  # 0: off
-    top_p: float = struct.field(pytree_node=False)  # 1: off
-    max_new_tokens: int = struct.field(pytree_node=False)
-
-
-def next_token(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling):
-    """Token and log-prob [B] under softmax(logits / temperature); 1 stands for 0 there."""
-    scale = sampling.temperature if sampling.temperature > 0 else 1.0
-    logits_BV = logits_BV.astype(jnp.float32) / scale
-    if sampling.temperature == 0:
-        token_B = jnp.argmax(logits_BV, axis=-1)
-    else:
-        kept_BV = _keep_likely(logits_BV, sampling)
-        token_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    temperature: float
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    max_new_tokens: int
 
 
-def _keep_likely(logits_BV, sampling: Sampling):
-    """-inf outside the top-k tokens and outside the smallest set of probability top_p."""
-    if sampling.top_k > 0:
-        least_B = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B, -jnp.inf, logits_BV)
-    if sampling.top_p < 1.0:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-        least_B = jnp.min(
-            jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
-        )
-        logits_BV = jnp.where(logits_BV < least_B, -jnp.inf, logits_BV)
-    return logits_BV
+@struct.dataclass
+class Draws:
+    """A row's settings and its place in its own random stream."""
+
+    temperature_B: jax.Array  # 0 is greedy
+    top_k_B: jax.Array  # 0: off
+    top_p_B: jax.Array  # 1: off
+    seed_B: jax.Array
+    number_B: jax.Array  # tells apart the samples of one seed
+    drawn_B: jax.Array  # tokens drawn so far
+
+    def keys_B(self) -> jax.Array:
+        """The key of each row's next token: a function of (seed, number, drawn)."""
+
+        def key(seed, number, drawn):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), drawn)
+
+        return jax.vmap(key)(self.seed_B, self.number_B, self.drawn_B)
+
+
+def next_token(logits_BV: jax.Array, draws: Draws):
+    """Token and log-prob [B], and log softmax(logits / temperature) [B, V]; 1 stands for 0 there.
+
+    Log-probs are those of the whole distribution, as the trainer computes them, not of what top-k
+    and top-p leave. A draw is the largest of logit + Gumbel noise.
+    """
+    temperature_B1 = draws.temperature_B[:, None]
+    z_BV = logits_BV.astype(jnp.float32) / jnp.where(temperature_B1 > 0, temperature_B1, 1.0)
+    limited = jnp.any((draws.top_k_B > 0) | (draws.top_p_B < 1.0))
+    kept_BV = jax.lax.cond(
+        limited, lambda z: keep_likely(z, draws.top_k_B, draws.top_p_B), lambda z: z, z_BV
+    )
+
+    def noisy(kept_BV):
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, kept_BV.shape[1:]))(draws.keys_B())
+        return kept_BV + jnp.where(temperature_B1 > 0, noise_BV, 0.0)
+
+    scores_BV = jax.lax.cond(jnp.any(temperature_B1 > 0), noisy, lambda kept: kept, kept_BV)
+    token_B = first_largest(scores_BV)
+    logp_BV = z_BV - jax.nn.logsumexp(z_BV, axis=-1, keepdims=True)
+    chosen_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B, chosen_B, logp_BV
+
+
+def first_largest(scores_BV) -> jax.Array:
+    """As argmax, whose reduction of pairs takes XLA's CPU compiler six times as long."""
+    largest_B1 = jnp.max(scores_BV, axis=-1, keepdims=True)
+    places_BV = jax.lax.broadcasted_iota(jnp.int32, scores_BV.shape, 1)
+    return jnp.min(jnp.where(scores_BV >= largest_B1, places_BV, scores_BV.shape[1]), axis=-1)
+
+
+def keep_likely(z_BV, top_k_B, top_p_B):
+    """-inf outside the top-k tokens, then outside the smallest set of share top_p among those.
+
+    No sort: the least kept logit is found bit by bit, in 32 passes over the vocabulary. Tokens that
+    tie with it are kept too. 0 and 1 are off.
+    """
+    order_BV = _order(z_BV)
+    wanted_B = jnp.where(top_k_B > 0, top_k_B, z_BV.shape[1])
+    counts = jnp.ones_like(z_BV)
+    least_B = _largest_threshold(order_BV, counts, wanted_B.astype(jnp.float32))
+    p_BV = jnp.where(order_BV >= least_B[:, None], jax.nn.softmax(z_BV, axis=-1), 0.0)
+    share_B = jnp.where(top_p_B < 1.0, top_p_B * jnp.sum(p_BV, axis=-1), 0.0)
+    likely_B = _largest_threshold(order_BV, p_BV, share_B)
+    likely_B = jnp.where(top_p_B < 1.0, likely_B, jnp.uint32(0))
+    return jnp.where(order_BV >= jnp.maximum(least_B, likely_B)[:, None], z_BV, -jnp.inf)
+
+
+def _order(x):
+    """Unsigned integers in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    negative = bits >> 31 == 1
+    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_threshold(order_BV, weights_BV, wanted_B):
+    """The largest t for which the weights at order >= t sum to at least wanted_B."""
+
+    def try_bit(i, t_B):
+        higher_B = t_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        there_BV = order_BV >= higher_B[:, None]
+        sum_B = jnp.sum(jnp.where(there_BV, weights_BV, 0.0), axis=-1)
+        return jnp.where(sum_B >= wanted_B, higher_B, t_B)
+
+    start_B = jnp.zeros(order_BV.shape[0], jnp.uint32)
+    return jax.lax.fori_loop(0, 32, try_bit, start_B)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
-from medreason_jax.qwen2.attention import Kernel, Places, xla_attention
+from medreason_jax.qwen2.attention import Kernel, Places, decode_attention
 from medreason_jax.qwen2.heads import Score, ScoreHead
 from medreason_jax.qwen2.lora import Lora, Target
 from medreason_jax.qwen2.rope import rope_frequencies
@@ -32,11 +32,34 @@ KEPT: dict[str, tuple[str, ...]] = {
 
 @struct.dataclass
 class Cache:
-    """Keys and values of all layers; every row writes at the same slot."""
+    """Keys and values [B, K, S, H]: one array a layer, or one [L, B, K, S, H] of stacked layers.
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    places: Places  # [B, S]; segment 0 where a row has no token
+    Token i of a row stands at its slot i. Heads go before slots, as attention reads them: otherwise
+    every step transposes the cache.
+    """
+
+    k: Any
+    v: Any
+
+
+def write_slot(cache_BKSH, new_BKH, slots_B, layer=None):
+    """The cache with `new_BKH` at slot slots_B[b] of row b; of one layer where it is stacked."""
+    at, new_BKH = () if layer is None else (layer,), new_BKH.astype(cache_BKSH.dtype)
+
+    def one_row(row, new_KH, slot):
+        new = new_KH.reshape(*(1,) * len(at), new_KH.shape[0], 1, new_KH.shape[1])
+        return jax.lax.dynamic_update_slice(row, new, (*at, 0, slot, 0))
+
+    rows = len(at)
+    return jax.vmap(one_row, in_axes=(rows, 0, 0), out_axes=rows)(cache_BKSH, new_BKH, slots_B)
+
+
+def read_slots(cache, seen: int, layer=None):
+    """The first `seen` slots, [B, K, seen, H]; of one layer where it is stacked."""
+    if layer is None:
+        return cache[:, :, :seen]
+    _, B, K, _, H = cache.shape
+    return jax.lax.dynamic_slice(cache, (layer, 0, 0, 0, 0), (1, B, K, seen, H))[0]
 
 
 @struct.dataclass
@@ -176,35 +199,75 @@ class Qwen2(nnx.Module):
         x_BTD = self._embed(tokens_BT, compute)
         return self.norm(run_layers(definition, stacked, x_BTD, places, self.sizes, compute))
 
-    def hidden_cached(self, tokens_BT, positions_BT, segments_BT, cache: Cache, slot, compute):
-        """hidden_BTD of T new tokens at slots slot..slot+T-1, and the cache with them."""
-        places = Places(segments_BT, positions_BT)
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot))  # noqa: E731
-        cached = jax.tree.map(write, cache.places, places)
+    def prefill(self, tokens_BT, lengths_B, compute: Compute, layers=None):
+        """hidden_BTD of rows that hold their tokens first, and the keys and values of each.
+
+        `layers` are as in `decode`, and the cache as theirs.
+        """
+        B, T = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        places = Places((positions_BT < lengths_B[:, None]).astype(jnp.int32), positions_BT)
         definition, stacked = nnx.split(self.layers)
         rotation_BTH = rotation(self.sizes, positions_BT)
 
+        def attend(q, k, v):
+            context = compute.attention(q, k, v, places, places)
+            return context, Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+        def body(x_BTD, layer):
+            return nnx.merge(definition, layer)(x_BTD, rotation_BTH, attend, compute.constrain)
+
+        x_BTD = self._embed(tokens_BT, compute)
+        if layers is None:
+            x_BTD, kept = jax.lax.scan(body, x_BTD, stacked, unroll=compute.unroll)
+            return self.norm(x_BTD), kept
+        kept = []
+        for layer in layers:
+            x_BTD, own = body(x_BTD, layer)
+            kept.append(own)
+        return self.norm(x_BTD), Cache(tuple(c.k for c in kept), tuple(c.v for c in kept))
+
+    def decode(self, tokens_B, lengths_B, cache: Cache, seen: int, compute: Compute, layers=None):
+        """hidden_BD of one more token a row, written at slot lengths_B, and the cache with it.
+
+        Only the first `seen` slots are read: every length is below it. `layers` are the parameters
+        of each layer, which are then unrolled; without them the stacked ones are scanned.
+        """
+        definition, stacked = nnx.split(self.layers)
+        rotation_B1H = rotation(self.sizes, lengths_B[:, None])
+
+        def one_layer(x_B1D, layer, cache: Cache, index=None):
+            def attend(q_B1NH, k_B1KH, v_B1KH):
+                written = Cache(
+                    write_slot(cache.k, k_B1KH[:, 0], lengths_B, index),
+                    write_slot(cache.v, v_B1KH[:, 0], lengths_B, index),
+                )
+                k_BKSH, v_BKSH = (read_slots(x, seen, index) for x in (written.k, written.v))
+                context_BNH = decode_attention(q_B1NH[:, 0], k_BKSH, v_BKSH, lengths_B)
+                return context_BNH[:, None], written
+
+            module = nnx.merge(definition, layer)
+            return module(x_B1D, rotation_B1H, attend, compute.constrain)
+
         # The cache is a carry, updated in place: as a scanned input it would be copied every step.
         def body(carry, layer_and_index):
-            x_BTD, k_LBSKH, v_LBSKH = carry
-            layer, index = layer_and_index
+            x_B1D, cache = carry
+            return one_layer(x_B1D, layer_and_index[0], cache, layer_and_index[1]), None
 
-            def attend(q, k, v):
-                at = (index, 0, slot, 0, 0)
-                k_new = jax.lax.dynamic_update_slice(k_LBSKH, k[None].astype(k_LBSKH.dtype), at)
-                v_new = jax.lax.dynamic_update_slice(v_LBSKH, v[None].astype(v_LBSKH.dtype), at)
-                context = xla_attention(q, k_new[index], v_new[index], places, cached)
-                return context, (k_new, v_new)
-
-            x_BTD, kept = nnx.merge(definition, layer)(
-                x_BTD, rotation_BTH, attend, compute.constrain
+        x_B1D = self._embed(tokens_B[:, None], compute)
+        if layers is None:
+            indices_L = jnp.arange(self.sizes.num_hidden_layers)
+            carry = (x_B1D, cache)
+            (x_B1D, cache), _ = jax.lax.scan(
+                body, carry, (stacked, indices_L), unroll=compute.unroll
             )
-            return (x_BTD, *kept), None
-
-        indices_L = jnp.arange(self.sizes.num_hidden_layers)
-        carry = (self._embed(tokens_BT, compute), cache.k_LBSKH, cache.v_LBSKH)
-        (x_BTD, k_LBSKH, v_LBSKH), _ = jax.lax.scan(body, carry, (stacked, indices_L))
-        return self.norm(x_BTD), Cache(k_LBSKH, v_LBSKH, cached)
+            return self.norm(x_B1D)[:, 0], cache
+        written = []
+        for layer, *own in zip(layers, cache.k, cache.v, strict=True):
+            x_B1D, new = one_layer(x_B1D, layer, Cache(*own))
+            written.append(new)
+        cache = Cache(tuple(c.k for c in written), tuple(c.v for c in written))
+        return self.norm(x_B1D)[:, 0], cache
 
     def _embed(self, tokens_BT, compute: Compute):
         x_BTD = self.embed_tokens.embedding[...][tokens_BT].astype(compute.dtype)
@@ -260,9 +323,29 @@ class Network:
         model = nnx.merge(self.definition, params)
         return model.hidden(tokens_BT, positions_BT, segments_BT, self.compute)
 
-    def hidden_cached(self, params: Params, tokens_BT, positions_BT, segments_BT, cache, slot):
-        model = nnx.merge(self.definition, params)
-        return model.hidden_cached(tokens_BT, positions_BT, segments_BT, cache, slot, self.compute)
+    def prefill(self, params: Params, tokens_BT, lengths_B):
+        model, layers = self._merge(params)
+        return model.prefill(tokens_BT, lengths_B, self.compute, layers)
+
+    def decode(self, params: Params, tokens_B, lengths_B, cache: Cache, seen: int):
+        model, layers = self._merge(params)
+        return model.decode(tokens_B, lengths_B, cache, seen, self.compute, layers)
+
+    def _merge(self, params: Params):
+        """The model; of unstacked parameters one layer stands for all, which come beside it."""
+        if isinstance(params["layers"], tuple):
+            one = {**params, "layers": params["layers"][0]}
+            return nnx.merge(self.definition, one), params["layers"]
+        return nnx.merge(self.definition, params), None
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether decoding goes through the layers one by one, each with arrays of its own.
+
+        A stacked array's layers are copied out of it at every step; more layers would be too long
+        to compile.
+        """
+        return self.sizes.num_hidden_layers <= UNROLLED
 
     def vocabulary_kernel(self, params: Params) -> jax.Array:
         """W_VD, one row a token: the embedding itself when heads are tied."""
@@ -270,11 +353,24 @@ class Network:
             return params["embed_tokens"]["embedding"]
         return params["lm_head"]["kernel"].T
 
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        s = self.sizes
-        shape = (s.num_hidden_layers, batch, slots, s.num_key_value_heads, s.head_dim)
-        zeros, nowhere = jnp.zeros(shape, self.compute.dtype), jnp.zeros((batch, slots), jnp.int32)
-        return Cache(zeros, zeros, Places(nowhere, nowhere))
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        s, dtype = self.sizes, self.compute.dtype
+        shape = (rows, s.num_key_value_heads, slots, s.head_dim)
+        if self.unrolls:
+            layers = range(s.num_hidden_layers)
+            return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in "kv"))
+        shape = (s.num_hidden_layers, *shape)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+UNROLLED = 8  # layers
+
+
+def unstack(params: Params) -> Params:
+    """The parameters with a tuple of layers."""
+    layers = len(jax.tree.leaves(params["layers"])[0])
+    own = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(layers))
+    return {**params, "layers": own}
 
 
 def make_network(

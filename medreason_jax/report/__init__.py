@@ -6,6 +6,7 @@ Read from the run's folder, everything optional except the first (a stage's own 
     <stage>/metrics.jsonl             {"step", "loss", "learning_rate", … any number}
     <stage>/eval-<split>/predictions.jsonl   replies to the evaluation's questions (samples.py)
     data/report.json                  nested counts of data generation (acceptance.py)
+    data/generated/review/result.json how far people agree with its verifier
     recipe.resolved.yaml              shown as it is; of a stage its config.yaml
 """
 
@@ -41,6 +42,9 @@ def render_report(run_dir: Path) -> str:
         curves[name] = {title: svg for title, svg in drawn.items() if svg is not None}
     data_path = run_dir / "data" / "report.json"
     counts = json.loads(data_path.read_text(encoding="utf-8")) if data_path.exists() else {}
+    review_path = run_dir / "data" / "generated" / "review" / "result.json"
+    if review_path.exists():
+        counts["review"] = json.loads(review_path.read_text(encoding="utf-8"))
     texts = (run_dir / name for name in ("recipe.resolved.yaml", "config.yaml"))
     recipe = next((path.read_text(encoding="utf-8") for path in texts if path.exists()), None)
     environment = jinja2.Environment(

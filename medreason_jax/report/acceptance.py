@@ -55,7 +55,7 @@ def format_count(key: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, list) and key == "interval95":
+    if isinstance(value, list) and key.endswith("interval95") and "kappa" not in key:
         return format_interval((value[0], value[1])) + "%"
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)

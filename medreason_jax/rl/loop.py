@@ -82,12 +82,12 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         batch_prompts = [prompts[n] for n in chosen]
         seed = int(np.random.default_rng((config.seed, iteration, 2)).integers(2**31))
         params = policy.params(state.params["policy"], frozen)
-        completions = engine.generate(params, batch_prompts, sampling, seed)
-
-        texts = [model.tokenizer.decode(completion.ids) for completion in completions]
-        judged = [
-            judge_response(t, problems[n], rewards) for t, n in zip(texts, chosen, strict=True)
-        ]
+        rollouts = {}  # judged as they finish, while the others are decoded
+        for place, completion in engine.stream(params, batch_prompts, sampling, seed):
+            text = model.tokenizer.decode(completion.ids)
+            judgement = judge_response(text, problems[chosen[place]], rewards)
+            rollouts[place] = completion, text, judgement
+        completions, texts, judged = zip(*(rollouts[n] for n in range(len(chosen))), strict=True)
         table.write(iteration, [problems[n]["id"] for n in chosen], texts, judged)
 
         rows = rollout_rows(batch_prompts, completions, config.length, model.tokenizer.pad_id)

@@ -1,6 +1,7 @@
 """A scripted OpenAI-compatible server on the loopback; a teacher that is a function."""
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ class FakeServer:
     def __init__(self, script: Script) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         owner, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -30,6 +32,7 @@ class FakeServer:
                     number = len(owner.requests)
                     owner.requests.append(body)
                     owner.headers.append(dict(self.headers))
+                    owner.paths.append(self.path)
                 reply = script(body, number)
                 if isinstance(reply, str):
                     reply = (200, {}, completion(reply))
@@ -46,7 +49,12 @@ class FakeServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from now on."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.base_url = self.base_url.replace("http:", "https:")
 
     def close(self) -> None:
         self._server.shutdown()
@@ -87,7 +95,7 @@ class ScriptedTeacher:
         self._script = script
         self.prompts: list[str] = []
 
-    async def ask_parsed(self, prompt, parse, repair, sample=0):
+    async def ask_parsed(self, prompt, parse, repair, sample=0, schema=None):
         self.prompts.append(prompt)
         replies = self._script(prompt, sample)
         error, calls = "", []

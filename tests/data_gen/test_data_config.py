@@ -2,9 +2,10 @@
 
 import pytest
 
-from data_gen.config import Pairs, check_settings, load_config, parse_overrides
+from data_gen.config import Pairs, Simulated, check_settings, load_config, parse_overrides
 from data_gen.endpoints import arguments
 from data_gen.prompting import load_prompts, render
+from data_gen.simulated_teacher import make_parser
 
 GOOD = """
 bank: bank.jsonl
@@ -33,10 +34,16 @@ def test_overrides_change_nested_fields_and_make_missing_sections(config_file):
         ("concurency=1", ["concurency", "did you mean concurrency?"]),
         ("teacher.reasoner.bas_url=x", ["teacher.reasoner.bas_url", "base_url"]),
         ("concurrency=0", ["concurrency", "found 0"]),
-        ("search.verifier=maybe", ["search.verifier", "'teacher' or 'rule'", "'maybe'"]),
+        ("search.verifier=maybe", ["search.verifier", "'rule_then_teacher'", "'maybe'"]),
         ("rewrite.direct_share=1.5", ["rewrite.direct_share", "1.5"]),
         ("teacher.reasoner.base_url=null", ["teacher.reasoner", "base_url or simulated"]),
-        ("teacher.reasoner.base_url=ftp://x", ["teacher.reasoner.base_url", "ftp://x"]),
+        ("teacher.reasoner.base_url=ftp://x", ["teacher.reasoner.base_url:", "ftp://x", "http(s)"]),
+        ("teacher.reasoner.base_url=[]", ["teacher.reasoner.base_url:", "or a list of them"]),
+        ("teacher.reasoner.base_url=https://me:pw@x", ["without user", "https://***@x"]),
+        ("network.proxy=https://x/?key=1", ["network.proxy:", "without user, password or query"]),
+        ("teacher.reasoner.batch.cont=1", ["teacher.reasoner.batch.cont", "did you mean count?"]),
+        ("prices.models={a: {inputt: 1}}", ["prices.models.a.inputt", "did you mean input?"]),
+        ("problems.difficulty_models=[{base_ur: x}]", ["difficulty_models.0.base_ur", "base_url"]),
         ("search.strategies={explore: 0, verify_again: 0, correct: 0}", ["search", "strategy"]),
         ("seed", ["seed", "field.field=value"]),
         ("bank.x=1", ["bank has no fields"]),
@@ -64,6 +71,13 @@ def test_simulated_settings_become_the_servers_arguments(config_file):
     assert arguments(simulated) == ["--bank=b.jsonl", "--seed=3", "--fault-429=0.5"]
 
 
+def test_every_setting_of_the_simulated_teacher_reaches_its_server():
+    names = set(Simulated.model_fields) - {"bank", "seed"}
+    given = arguments(Simulated.model_validate({"bank": "b", **dict.fromkeys(names, 0.25)}))
+    parsed = vars(make_parser().parse_args(given))
+    assert sum(value == 0.25 for value in parsed.values()) == len(names) == len(given) - 2
+
+
 def test_settings_of_one_section_are_checked_alike():
     with pytest.raises(ValueError, match=r"pairs: unknown field kk; did you mean k\?"):
         check_settings(Pairs, parse_overrides(["kk=3"]), "pairs")
@@ -86,3 +100,20 @@ def test_prompts_of_another_file_need_the_same_keys_and_placeholders(tmp_path):
 
 def test_a_text_with_braces_is_rendered_as_it_is():
     assert render("{a} {b} {c}", {"a": "{b}", "b": "x"}) == "{b} x {c}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "judge", "other"),
+    [
+        ("verifier_sees_question=true", "teacher", "rule"),
+        ("teacher_seconds=5", "teacher", "rule"),
+        ("rule_seconds=5", "rule", "teacher"),
+    ],
+)
+def test_a_setting_of_a_verifier_that_is_not_asked_is_refused(config_file, setting, judge, other):
+    """Search and rewriting each have a verifier; one that asks the judge is enough."""
+    both = [f"search.verifier={other}", f"rewrite.verifier={other}", f"search.{setting}"]
+    with pytest.raises(ValueError, match=rf"search\.{setting.split('=')[0]} has no effect with"):
+        load_config(config_file, both)
+    for asked in (f"search.verifier={judge}", "rewrite.verifier=rule_then_teacher"):
+        assert load_config(config_file, [*both, asked]).search.model_fields_set

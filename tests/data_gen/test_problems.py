@@ -6,7 +6,8 @@ import json
 import pytest
 
 from data_gen.decontaminate import Decontaminator, Item
-from data_gen.mcq_bank import find_series, open_form, write_mcq_bank
+from data_gen.mcq_bank import open_form, write_mcq_bank
+from data_gen.near_duplicates import find_groups
 from data_gen.problems import ProblemMaker, parse_json_object, parse_label, reject_by_rule
 from data_gen.prompting import load_prompts
 from data_gen.records import Mcq, Problem, Rejected, read_records
@@ -35,6 +36,14 @@ def mcq(question="Which drug lowers a child's fever best?", answer_idx="C", **fi
         ("Which of the following is not a drug for fever?", {}, "asks for the wrong option"),
         ("Which statement on fever is incorrect?", {}, "asks for the wrong option"),
         ("Which two drugs lower a child's fever?", {}, "several answers"),
+        ("小脳機能の評価に用いる診察はどれか。発熱のない患者である。", {}, None),
+        ("小脳機能の評価に用いないのはどれか。次の中から選べ。", {}, "asks for the wrong option"),
+        ("この患者の診断に必要性が低い検査はどれか。", {}, "asks for the wrong option"),
+        ("痛みのない患者で最初に行う検査として適切な検査はどれか。", {}, None),
+        ("小脳の機能を調べる診察として正しいものを2つ選べ。", {}, "several answers"),
+        ("下列药物中，最适合给发热儿童服用的药物是哪一种药物？", {}, None),
+        ("下列药物中，哪项不能给发热的儿童服用而且没有例外？", {}, "asks for the wrong option"),
+        ("下列关于儿童发热用药的说法中，不正确的一项是什么？", {}, "asks for the wrong option"),
         ("Select all drugs that lower a fever.", {}, "several answers"),
         ("Which drug lowers a child's fever best?", {"answer_idx": "E"}, "answer_idx is no option"),
         (
@@ -123,19 +132,19 @@ def test_splits_follow_groups_and_shares_and_not_the_order():
         mcq(f"Which drug lowers fever number {i} best?", group=f"g{i // 2}") for i in range(2000)
     ]
     shares = {"search": 0.5, "rl": 0.3, "dev": 0.0, "test": 0.2}
-    split = {m.id: m.split for m in assign_splits(items, shares, 0)}
-    assert split == {m.id: m.split for m in assign_splits(items[::-1], shares, 0)}
+    split = {m.id: m.split for m in assign_splits(items, shares, 0).questions}
+    assert split == {m.id: m.split for m in assign_splits(items[::-1], shares, 0).questions}
     assert all(split[a.id] == split[b.id] for a, b in zip(items[::2], items[1::2], strict=True))
     counts = {name: list(split.values()).count(name) / 2000 for name in shares}
     assert all(abs(counts[name] - share) < 0.05 for name, share in shares.items())
     assert counts["dev"] == 0
-    assert split != {m.id: m.split for m in assign_splits(items, shares, 1)}
+    assert split != {m.id: m.split for m in assign_splits(items, shares, 1).questions}
 
 
 def test_a_given_split_stands_and_draws_its_group_along():
     items = [mcq(group="g"), mcq("Which drug thins the blood best?", group="g", split="test")]
     shares = {"search": 1.0, "rl": 0.0, "dev": 0.0, "test": 0.0}
-    assert [m.split for m in assign_splits(items, shares, 0)] == ["test", "test"]
+    assert [m.split for m in assign_splits(items, shares, 0).questions] == ["test", "test"]
 
 
 # --- decontamination --------------------------------------------------------------------------
@@ -204,10 +213,10 @@ def test_shared_windows_are_those_of_a_brute_force_search():
 
 def test_a_case_series_is_one_group():
     series = [STEM + "What is the diagnosis?", STEM + TAIL, "Quite another question. " + TAIL]
-    first, second, third = find_series(series)
+    first, second, third = find_groups(series, [None] * 3, 0.7)
     assert first == second != third
     start = "Mr Brown, a farmer of 50 with gout, comes back to your practice today. "
-    third, fourth = find_series([start + "What now?", start + "Which drug?"])
+    third, fourth = find_groups([start + "What now?", start + "Which drug?"], [None] * 2, 0.7)
     assert third == fourth
 
 

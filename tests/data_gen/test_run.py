@@ -310,7 +310,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["formulary", "mcq-bank", "problems", "search", "pairs", "run", "status", "verify", "teacher"],
+    [
+        *("formulary", "mcq-bank", "filter", "decontaminate", "problems", "search", "pairs", "run"),
+        *("status", "verify", "teacher"),
+    ],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     assert main([command, "--help"]) == 0

@@ -12,6 +12,7 @@ from data_gen.records import Candidate, Problem, Rejected, Sft, Step, Trace
 from data_gen.rewrite import Rewriter, parse_reasoning, parse_response, render_simply, render_trace
 from data_gen.search import Searcher, conclusion_of, parse_initial, parse_rethought
 from data_gen.teacher import Unreadable
+from data_gen.verifier_samples import verifier_samples
 from data_gen.verifiers import RuleVerifier
 
 PROMPTS = load_prompts("en")
@@ -120,6 +121,35 @@ def test_weights_of_zero_are_never_drawn(scripted):
     assert set(record.model_dump()["strategies"]) == {"initial_cot", "verify_again"}
 
 
+def test_a_chain_that_is_told_the_answer_comes_last_is_tagged_and_is_judged(scripted):
+    settings = {"max_depth": 1, "max_restarts": 2, "label_conditioned": True}
+    trace, teacher = search(scripted, ["70 mg"] * 4 + ["80 mg"], **settings)
+    assert isinstance(trace, Trace) and trace.label_conditioned
+    assert (trace.strategies[-1], trace.verdicts) == ("label_cot", ["false"] * 4 + ["true"])
+    assert "True answer: 80 mg" in teacher.prompts[-1]
+    assert not any("True answer" in prompt for prompt in teacher.prompts[:-1])
+    record, teacher = search(scripted, ["70 mg"] * 5, **settings)
+    assert isinstance(record, Rejected) and record.reason == "not verified"
+    record, teacher = search(scripted, ["70 mg"] * 4, **{**settings, "label_conditioned": False})
+    assert isinstance(record, Rejected) and len(teacher.prompts) == 4
+
+
+def test_a_problem_with_options_is_asked_and_judged_with_them(scripted):
+    options = {"A": "70 mg", "B": "80 mg"}
+    problem = Problem.model_validate({"question": "How?", "answer": "80 mg", "options": options})
+    trace, teacher = search(scripted, ["A", "B"], problem)
+    assert isinstance(trace, Trace) and trace.verdicts == ["false", "true"]
+    assert all("How?\nA. 70 mg\nB. 80 mg" in prompt for prompt in teacher.prompts)
+
+
+def test_an_attempt_that_nobody_can_judge_is_kept_as_unscored(scripted):
+    problem = Problem.model_validate({"question": "How?", "answer": "Z", "options": {"A": "x"}})
+    record, _ = search(scripted, ["A"] * 3, problem)
+    assert isinstance(record, Rejected) and record.reason == "unscored"
+    dumped = record.model_dump()
+    assert len(dumped["unscored"]) == 3 and dumped["failed"] == []
+
+
 def test_an_unreadable_chain_is_restarted_and_named_if_all_are(scripted):
     trace, _ = search(scripted, [["{", "{"], "80 mg"])
     assert isinstance(trace, Trace) and trace.model_dump()["restart"] == 1
@@ -168,8 +198,7 @@ def rewrite(scripted, reasoning, response, **shares):
     def script(prompt, sample):
         return reasoning if prompt.startswith("You rewrite") else response
 
-    settings = {"direct_share": 0.0, "simple_cot_share": 0.0, **shares}
-    rewriter = Rewriter(scripted(script), PROMPTS, seed=0, **settings)
+    rewriter = Rewriter(scripted(script), RuleVerifier(), PROMPTS, shares, seed=0)
     return asyncio.run(rewriter.rewrite(PROBLEM, TRACE))
 
 
@@ -177,7 +206,7 @@ NATURAL = json.dumps({"NaturalReasoning": "hmm\nso 80 mg"})
 
 
 def test_a_trace_becomes_natural_reasoning_and_a_response(scripted):
-    result = rewrite(scripted, NATURAL, "80 mg", direct_share=1.0, simple_cot_share=1.0)
+    result = rewrite(scripted, NATURAL, "80 mg", direct=1.0, simple_cot=1.0)
     by_kind = {record.kind: record for record in result.records}
     assert by_kind["complex_cot"].thinking == "hmm\nso 80 mg"
     assert by_kind["direct"].thinking == ""
@@ -280,6 +309,56 @@ def test_a_failed_attempt_that_the_rule_finds_right_is_no_wrong_answer():
     found = make_pairs([PROBLEM], [SFT], [falsely], [], seed=0, **options)
     assert found.pairs == []
     assert found.left_out == {"attempt is right by the rule": 1, "no wrong answer": 1}
+
+
+def test_the_letter_alone_is_no_side_of_a_pair_since_its_prompt_is_another():
+    letter = SFT.model_copy(update={"kind": "option_only", "thinking": "", "response": "B. 80 mg"})
+    options = {"chosen": ["sft"], "rejected": ["trace"], "explain": [False], "k": 4, "cap": None}
+    assert make_pairs([PROBLEM], [letter], [TRACE], [], seed=0, **options).pairs == []
+
+
+def test_a_conclusion_that_was_judged_both_ways_teaches_a_verifier_nothing():
+    problem = PROBLEM.model_copy(update={"id": TRACE.problem_id})
+    both = TRACE.model_copy(update={"failed": [STEPS[:3], STEPS]})
+    found = verifier_samples([problem], [both], "teacher")
+    assert [(sample.conclusion, sample.label) for sample in found] == [("70 mg", False)]
+    found = verifier_samples([problem], [TRACE], "teacher")
+    assert {(sample.conclusion, sample.label) for sample in found} == {
+        ("70 mg", False),
+        ("80 mg", True),
+    }
+
+
+def test_an_unverified_answer_stands_between_a_right_and_a_wrong_one():
+    unsure = candidate("about 80 mg", None)
+    assert pairs([unsure]).left_out["sample unscored"] == 1
+    options = {"chosen": ["sft"], "rejected": ["unverified", "trace"], "explain": [True]}
+    trace = TRACE.model_copy(update={"unscored": [STEPS[3:]]})
+    options |= {"k": 5, "cap": None, "seed": 0}
+    found = make_pairs([PROBLEM], [SFT], [trace], [unsure], **options).pairs
+    ranked = {(pair.chosen_tier, pair.rejected_tier, pair.rejected_kind) for pair in found}
+    assert ranked == {
+        ("verified", "wrong", "trace"),
+        ("verified", "unverified", "unverified"),
+    }
+    assert len(found) == 3
+
+
+def test_the_banks_explanation_is_preferred_and_two_sides_of_one_tier_make_no_pair():
+    explained = PROBLEM.model_copy(update={"explanation": "8 x 10 is 80.\nSo 80 mg."})
+    options = {"chosen": ["ground_truth", "sft"], "rejected": ["sft"], "explain": [True], "seed": 0}
+    [pair] = make_pairs([explained], [SFT], [], [], k=4, cap=None, **options).pairs
+    assert (pair.chosen_tier, pair.rejected_tier) == ("ground_truth", "verified")
+    assert pair.chosen.thinking == "8 x 10 is 80.\nSo 80 mg."
+    found = make_pairs([PROBLEM], [SFT], [], [], k=4, cap=None, **options)
+    assert (found.pairs, found.left_out) == ([], {"no wrong answer": 1})
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_held_out_problems_give_no_pairs(split):
+    held = PROBLEM.model_copy(update={"split": split})
+    options = {"chosen": ["sft"], "rejected": ["trace"], "explain": [True], "k": 2, "cap": None}
+    assert make_pairs([held], [SFT], [TRACE], [], seed=0, **options).pairs == []
 
 
 def test_the_cap_keeps_the_same_pairs_in_any_order():

@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -454,6 +455,57 @@ def test_a_stalled_call_times_out_and_a_retry_succeeds(bank_file, bank):
     assert slow > 0
 
 
+def test_a_cut_connection_ends_in_the_middle_of_an_answer_and_a_retry_succeeds(bank_file, bank):
+    cut = 0
+    with serving(bank_file, "--fault-cut", "0.4") as client:
+        for record in bank[:12]:
+            prompt = render("initial_cot", question=record["open_question"])
+            for _ in range(30):
+                try:
+                    client.ask(prompt)
+                    break
+                except openai.APIConnectionError as error:
+                    assert "incomplete" in str(error.__cause__) or "closed" in str(error.__cause__)
+                    cut += 1
+            else:
+                raise AssertionError("no try succeeded")
+        told = client.stats()
+    assert cut > 0 and told["faults"] == {"cut": cut}
+    assert told["completed"] == 12
+
+
+def test_every_answer_comes_after_the_latency_set(bank_file, bank):
+    with serving(bank_file, "--latency-seconds", "0.3") as client:
+        prompts = [render("initial_cot", question=r["open_question"]) for r in bank[:20]]
+        start = time.monotonic()
+        asyncio.run(ask_all(client.base_url, prompts))
+        seconds = time.monotonic() - start
+    assert 0.3 <= seconds < 2.0
+
+
+def test_completed_calls_and_their_tokens_are_counted_and_named(bank_file, bank):
+    used: Counter[str] = Counter()
+    names = set()
+    with serving(bank_file, "--fault-500", "0.3") as client:
+        for record in bank[:20]:
+            prompt = render("initial_cot", question=record["open_question"])
+            messages: Any = [{"role": "user", "content": prompt}]
+            try:
+                raw = client.api.chat.completions.with_raw_response.create(
+                    model="m", messages=messages
+                )
+            except openai.InternalServerError:
+                continue
+            usage = raw.parse().usage
+            assert usage is not None
+            used.update(prompt_tokens=usage.prompt_tokens, total_tokens=usage.total_tokens)
+            used.update(completion_tokens=usage.completion_tokens)
+            names.add(raw.headers["x-request-id"])
+        told = client.stats()
+    assert told["tokens"] == dict(used)
+    assert 0 < told["completed"] == len(names) < 20
+
+
 # --- the HTTP surface ---------------------------------------------------------------------------
 
 
@@ -542,4 +594,5 @@ def test_the_teacher_imports_nothing_of_the_pipeline():
         "print(sorted(m for m in sys.modules if m.startswith(('data_gen.', 'openai', 'pydantic'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['data_gen.simulated_replies', 'data_gen.simulated_teacher']"
+    names = ("batches", "replies", "teacher")
+    assert done.stdout.strip() == str([f"data_gen.simulated_{name}" for name in names])

@@ -2,31 +2,38 @@
 
 import asyncio
 import json
+import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
 
 import pytest
-from openai import DefaultAsyncHttpxClient
 
-from data_gen.budget import Budget, BudgetSpent
-from data_gen.journal import Journal
-from data_gen.teacher import Endpoint, Patience, Teacher, TeacherFailed, make_http_client
+from data_gen.budget import Budget, BudgetSpent, Caps
+from data_gen.journal import Journal, read_cost
+from data_gen.teacher import Endpoint, Patience, Teacher, TeacherFailed, Unreadable
+from data_gen.transport import open_wire, read_retry_after
 from data_gen.verifiers import TeacherVerifier, parse_verdict
+from tests.data_gen.conftest import completion
 
 MESSAGES = [{"role": "user", "content": "q"}]
 
 
-def ask(url, tmp_path, work=None, budget=None, attempts=4, **endpoint):
+def ask(url, tmp_path, work=None, budget=None, attempts=4, repairs=1, **endpoint) -> Any:
     """Run `work(teacher)` (default: ask once) with a fresh journal; returns its result."""
 
     async def run():
         limits = Budget(4) if budget is None else budget()
         journal = Journal(tmp_path / "journal.sqlite")
-        fields = {"role": "reasoner", "base_url": url, "alias": "m", "model": "m"}
+        urls = (url,) if isinstance(url, str) else tuple(url)
+        fields = {"role": "reasoner", "base_urls": urls, "alias": "m", "model": "m"}
         settings = {"temperature": 0.7, "max_tokens": 64, "timeout": 2.0, "seed": 5}
         try:
-            async with make_http_client() as http:
+            async with open_wire() as wire:
                 place = Endpoint(**{**fields, **settings, **endpoint})
-                teacher = Teacher(place, http, journal, limits, Patience(attempts, 0.01, 0.05))
+                patience = Patience(attempts, 0.01, 0.05, repairs=repairs)
+                teacher = Teacher(place, wire, journal, limits, patience)
                 return await (teacher.ask(MESSAGES) if work is None else work(teacher))
         finally:
             await journal.drain()
@@ -128,10 +135,6 @@ def test_the_environment_of_the_client_library_plays_no_part(serve, tmp_path, mo
     assert "secret" not in json.dumps(server.headers)
 
 
-def test_the_http_client_comes_from_the_client_library():
-    assert isinstance(make_http_client(), DefaultAsyncHttpxClient)
-
-
 def test_a_cap_on_calls_stops_before_the_call_is_sent(serve, tmp_path):
     server = serve(lambda body, n: "hello")
 
@@ -140,7 +143,7 @@ def test_a_cap_on_calls_stops_before_the_call_is_sent(serve, tmp_path):
             await teacher.ask(MESSAGES, sample=sample)
 
     with pytest.raises(BudgetSpent, match=r"limits\.max_calls=3"):
-        ask(server.base_url, tmp_path, many, budget=lambda: Budget(4, max_calls=3))
+        ask(server.base_url, tmp_path, many, budget=lambda: Budget(4, Caps(calls=3)))
     assert len(server.requests) == 3
 
 
@@ -150,9 +153,11 @@ def test_a_cap_on_tokens_reserves_what_a_call_could_use(serve, tmp_path):
     async def many(teacher):
         await asyncio.gather(*(teacher.ask(MESSAGES, sample=i) for i in range(20)))
 
-    # A call may use 1 + 64 tokens and uses 10: after four, 100 - 40 does not hold another 65.
-    with pytest.raises(BudgetSpent, match=r"limits\.max_tokens=100"):
-        ask(server.base_url, tmp_path, many, budget=lambda: Budget(4, max_tokens=100))
+    # A call uses 10 tokens: after four, the cap minus 40 does not hold another reservation.
+    place = Endpoint("reasoner", (server.base_url,), "m", "m", 0.7, 64, 2.0, 5)
+    cap = place.question(MESSAGES, 0, None).most.tokens + 35
+    with pytest.raises(BudgetSpent, match=rf"limits\.max_tokens={cap}"):
+        ask(server.base_url, tmp_path, many, budget=lambda: Budget(4, Caps(tokens=cap)))
     assert len(server.requests) == 4
 
 
@@ -208,8 +213,6 @@ def test_a_verdict_that_cannot_be_read_is_asked_again_once(
 
 
 def test_a_reply_that_was_cut_off_is_not_read(serve, tmp_path):
-    from tests.data_gen.conftest import completion
-
     server = serve(lambda body, n: (200, {}, completion("True", "length")) if n == 0 else "False")
 
     async def verify(teacher):
@@ -217,3 +220,229 @@ def test_a_reply_that_was_cut_off_is_not_read(serve, tmp_path):
 
     assert ask(server.base_url, tmp_path, verify).outcome == "false"
     assert "cut off at 64 tokens" in server.requests[1]["messages"][2]["content"]
+
+
+def test_what_is_out_at_once_settles_at_what_the_server_bears(serve, tmp_path):
+    out, lock = [0], threading.Lock()
+
+    def script(body, n):
+        with lock:
+            out[0] += 1
+            crowded = out[0] > 4
+        if not crowded:
+            time.sleep(0.02)
+        with lock:
+            out[0] -= 1
+        return error(429) if crowded else "hello"
+
+    async def many(teacher):
+        return await asyncio.gather(*(teacher.ask(MESSAGES, sample=i) for i in range(200)))
+
+    server = serve(script)
+    calls = ask(server.base_url, tmp_path, many, budget=lambda: Budget(32))
+    refused = len(server.requests) - len(calls)
+    assert 0 < refused < len(calls) / 2
+
+
+def test_requests_per_minute_hold_for_a_role(serve, tmp_path):
+    server = serve(lambda body, n: "hello")
+
+    async def many(teacher):
+        start = time.monotonic()
+        await asyncio.gather(*(teacher.ask(MESSAGES, sample=i) for i in range(15)))
+        return time.monotonic() - start
+
+    # 10 a second: ten at once, then one every 0.1 s
+    assert ask(server.base_url, tmp_path, many, requests_per_minute=600) > 0.45
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("3", 3), ("0.5", 0.5), ("-1", 0), ("nan", 0), ("inf", 0), ("soon", 0), (None, 0)],
+)
+def test_a_time_to_wait_is_read_from_a_number(value, seconds):
+    assert read_retry_after(value) == seconds
+
+
+def test_a_time_to_wait_is_read_from_a_date():
+    then = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    assert 85 < read_retry_after(then) <= 90
+    assert read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+# --- several endpoints, refusals, possibly paid -------------------------------------------------
+
+
+def test_the_load_is_spread_over_several_endpoints_of_a_role(serve, tmp_path):
+    servers = [serve(lambda body, n: time.sleep(0.02) or "hello") for _ in range(2)]
+
+    async def many(teacher):
+        await asyncio.gather(*(teacher.ask(MESSAGES, sample=i) for i in range(20)))
+
+    ask([server.base_url for server in servers], tmp_path, many)
+    assert all(len(server.requests) >= 5 for server in servers)
+
+
+def test_an_endpoint_that_is_down_is_rested_while_the_other_answers(serve, tmp_path):
+    server = serve(lambda body, n: "hello")
+    urls = ["http://127.0.0.1:9/v1", server.base_url]
+
+    async def many(teacher):
+        start = time.monotonic()
+        calls = [await teacher.ask(MESSAGES, sample=i) for i in range(30)]
+        return calls, time.monotonic() - start
+
+    calls, seconds = ask(urls, tmp_path, many)
+    assert {call.endpoint for call in calls} == {server.base_url}
+    assert sum(call.attempts for call in calls) - len(calls) < 10
+    assert seconds < 5
+
+
+def test_a_busy_endpoint_is_waited_for_beyond_the_tries_of_a_broken_one(serve, tmp_path):
+    server = serve(lambda body, n: error(429) if n < 9 else "hello")
+    assert ask(server.base_url, tmp_path, attempts=2).attempts == 10
+
+
+def test_a_server_that_asks_for_a_long_wait_is_left_alone_while_another_answers(serve, tmp_path):
+    away = serve(lambda body, n: error(429, {"Retry-After": "600"}))
+    with pytest.raises(TeacherFailed, match=r"HTTP 429: the reason \(1 tries\)"):
+        ask(away.base_url, tmp_path)
+    server = serve(lambda body, n: "hello")
+    call = ask([away.base_url, server.base_url], tmp_path)
+    assert (call.answer, call.endpoint, call.attempts) == ("hello", server.base_url, 2)
+
+
+def test_a_request_that_is_refused_for_what_it_holds_is_recorded_as_refused(serve, tmp_path):
+    def script(body, n):
+        bad = "poison" in body["messages"][0]["content"]
+        return error(400, code="content_filter") if bad else "hello"
+
+    async def two(teacher):
+        parsed = (teacher.ask_parsed(text, str, "again: {error}") for text in ("poison", "good"))
+        return await asyncio.gather(*parsed)
+
+    server = serve(script)
+    poison, good = ask(server.base_url, tmp_path, two)
+    assert good.value == "hello" and poison.value is None
+    assert "the endpoint refused the request: HTTP 400: the reason" in poison.error
+    again, _ = ask(server.base_url, tmp_path, two)
+    assert again == poison and len(server.requests) == 2  # nothing is asked a second time
+
+
+def test_an_endpoint_that_refuses_everything_stops_the_run(serve, tmp_path):
+    server = serve(lambda body, n: error(422))
+
+    async def many(teacher):
+        await asyncio.gather(*(teacher.ask(MESSAGES, sample=i) for i in range(6)))
+
+    with pytest.raises(TeacherFailed, match="HTTP 422"):
+        ask(server.base_url, tmp_path, many)
+
+
+def unsettled(tmp_path):
+    return read_cost(tmp_path / "journal.sqlite")["possibly_paid"]
+
+
+def test_a_call_that_timed_out_or_was_cut_is_possibly_paid_and_one_that_was_refused_is_not(
+    serve, tmp_path
+):
+    slow = serve(lambda body, n: time.sleep(0.5) or "late")
+    with pytest.raises(TeacherFailed):
+        ask(slow.base_url, tmp_path / "slow", timeout=0.1, attempts=2)
+    assert unsettled(tmp_path / "slow")["timed out or cut"]["requests"] == 2
+    for name, reply in {"busy": error(500), "lasting": error(401)}.items():
+        server = serve(lambda body, n, reply=reply: reply)
+        with pytest.raises(TeacherFailed):
+            ask(server.base_url, tmp_path / name, attempts=2)
+        assert unsettled(tmp_path / name) == {}
+    with pytest.raises(TeacherFailed):
+        ask("http://127.0.0.1:9/v1", tmp_path / "away", attempts=1)
+    assert unsettled(tmp_path / "away") == {}
+
+
+def test_a_call_that_is_given_up_while_it_is_out_is_possibly_paid(serve, tmp_path):
+    server = serve(lambda body, n: time.sleep(0.5) or "late")
+
+    async def give_up(teacher):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(teacher.ask(MESSAGES), 0.1)
+
+    ask(server.base_url, tmp_path, give_up)
+    assert unsettled(tmp_path)["timed out or cut"]["requests"] == 1
+
+
+def test_one_that_waits_for_anothers_call_makes_it_itself_when_the_other_gives_up(serve, tmp_path):
+    server = serve(lambda body, n: time.sleep(0.3) or "hello")
+
+    async def two(teacher):
+        first = asyncio.create_task(teacher.ask(MESSAGES))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(teacher.ask(MESSAGES))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        return await second
+
+    assert ask(server.base_url, tmp_path, two).answer == "hello"
+    assert len(server.requests) == 2
+
+
+# --- the row in the journal ---------------------------------------------------------------------
+
+
+def test_endpoint_attempts_request_id_usage_and_cached_tokens_are_columns(serve, tmp_path):
+    body = json.loads(completion("hello"))
+    body["usage"]["prompt_tokens_details"] = {"cached_tokens": 5}
+    reply = (200, {"x-request-id": "req-7"}, json.dumps(body))
+    server = serve(lambda sent, n: error(500) if n == 0 else reply)
+    call = ask(server.base_url, tmp_path, revision="2026-01")
+    assert (call.endpoint, call.attempts, call.request_id) == (server.base_url, 2, "req-7")
+    assert (call.prompt_tokens, call.completion_tokens, call.cached_tokens) == (7, 3, 5)
+    assert json.loads(call.usage) == body["usage"]
+    assert (call.alias, call.revision, call.model) == ("m", "2026-01", "m")
+
+
+def test_an_answer_without_usage_is_counted_by_the_most_that_its_texts_can_be(serve, tmp_path):
+    body = json.loads(completion("hé"))
+    del body["usage"]
+    call = ask(serve(lambda sent, n: (200, {}, json.dumps(body))).base_url, tmp_path)
+    assert call.completion_tokens == 3 and call.prompt_tokens > 100 and call.usage == ""
+
+
+def test_a_schema_is_sent_and_told_apart_only_where_the_endpoint_has_it(serve, tmp_path):
+    schema = {"type": "object"}
+    server = serve(lambda sent, n: "{}")
+    keys = set()
+    for mode in ("off", "json_object", "json_schema"):
+
+        async def one(teacher):
+            return await teacher.ask(MESSAGES, schema=schema)
+
+        keys.add(ask(server.base_url, tmp_path, one, structured_output=mode).key)
+    sent = [request.get("response_format") for request in server.requests]
+    described = {"name": "reply", "schema": schema, "strict": True}
+    wanted = [None, {"type": "json_object"}, {"type": "json_schema", "json_schema": described}]
+    assert sent == wanted and len(keys) == 3
+
+
+def test_top_p_and_another_name_of_the_limit_are_sent(serve, tmp_path):
+    server = serve(lambda sent, n: "hello")
+    ask(server.base_url, tmp_path, top_p=0.9, limit_field="max_completion_tokens")
+    [sent] = server.requests
+    assert sent["top_p"] == 0.9 and sent["max_completion_tokens"] == 64
+    assert "max_tokens" not in sent
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_as_often_as_set(serve, tmp_path):
+    server = serve(lambda sent, n: "bad")
+
+    def parse(text):
+        raise Unreadable("no good")
+
+    async def parsed(teacher):
+        return await teacher.ask_parsed("q", parse, "again: {error}")
+
+    for repairs in (0, 2):
+        before = len(server.requests)
+        reply = ask(server.base_url, tmp_path / str(repairs), parsed, repairs=repairs)
+        assert reply.value is None and reply.error == "no good"
+        assert len(server.requests) - before == len(reply.calls) == 1 + repairs

@@ -9,7 +9,7 @@ import pytest
 
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
-from medreason_jax.qwen2.model import KEPT
+from medreason_jax.qwen2.model import KEPT, unstack
 from tests.tiny import tiny_model
 
 LENGTHS = (7, 12, 3, 18)
@@ -76,22 +76,36 @@ def test_padding_changes_nothing(side):
         assert_close(np.asarray(out)[before : before + len(ids)], alone(network, params, ids))
 
 
-def test_prefill_and_decode_with_a_cache_equal_whole_rows():
-    _, network, params, _ = tiny_model()
-    ids, split, pad = documents()[3], 11, 5
-    width = split + pad  # left-padded prompt, then one token at a time
-    cache = network.empty_cache(1, pad + len(ids))
-    prompt = jnp.asarray(np.pad(ids[:split], (pad, 0)))[None]
-    segments = jnp.asarray(np.pad(np.ones(split, np.int32), (pad, 0)))[None]
-    positions = jnp.asarray(np.pad(np.arange(split), (pad, 0)))[None]
-    out, cache = network.hidden_cached(params, prompt, positions, segments, cache, 0)
-    steps = [np.asarray(out)[0, pad:]]
-    for place in range(split, len(ids)):
-        one = jnp.ones((1, 1), jnp.int32)
-        token, at = one * int(ids[place]), width + place - split
-        out, cache = network.hidden_cached(params, token, one * place, one, cache, at)
-        steps.append(np.asarray(out)[0])
-    assert_close(np.concatenate(steps), alone(network, params, ids))
+@pytest.mark.parametrize("layers", [3, 9])
+def test_prefill_and_decode_with_a_cache_equal_whole_rows(layers):
+    """Two rows whose prompts end at different places, one token at a time; 9 layers are scanned."""
+    _, network, params, _ = tiny_model(num_hidden_layers=layers)
+    whole = params
+    params = unstack(params) if network.unrolls else params
+    assert network.unrolls == (layers == 3)
+    rows, splits = (documents()[3], documents()[1]), (11, 4)
+    width, room = max(splits) + 2, max(map(len, rows)) + 3
+    tokens = np.stack([np.pad(r[:n], (0, width - n)) for r, n in zip(rows, splits, strict=True)])
+    h_BPD, prompts = network.prefill(params, jnp.asarray(tokens), jnp.asarray(splits))
+    cache = jax.tree.map(
+        lambda whole, prompt: whole.at[..., :width, :].set(prompt),
+        network.empty_cache(2, room),
+        prompts,
+    )
+    lengths, outs = np.array(splits), [[], []]
+    for row, split in enumerate(splits):
+        outs[row].extend(np.asarray(h_BPD)[row, :split])
+    while any(lengths[row] < len(rows[row]) for row in (0, 1)):
+        ids = [rows[row][min(lengths[row], len(rows[row]) - 1)] for row in (0, 1)]
+        h_BD, cache = network.decode(
+            params, jnp.asarray(ids), jnp.asarray(lengths), cache, int(lengths.max()) + 1
+        )
+        for row in (0, 1):
+            if lengths[row] < len(rows[row]):
+                outs[row].append(np.asarray(h_BD)[row])
+                lengths[row] += 1
+    for row in (0, 1):
+        assert_close(np.stack(outs[row]), alone(network, whole, rows[row]))
 
 
 def eight_rows() -> dict:

@@ -1,13 +1,15 @@
-"""One train step on a CPU, beside `transformers` + torch and google-tunix.
+"""One train step, or greedy decoding, on a CPU, beside `transformers` + torch and google-tunix.
 
-    python benchmarks/cpu_step.py [--peers torch,tunix] [--repetitions 9]
+    python benchmarks/cpu.py step [--peers torch,tunix] [--repetitions 9]
+    python benchmarks/cpu.py decode
 
 The same Qwen2 (4 layers, width 256, vocabulary 8,192, float32, weights from one safetensors
-folder), the same 4 x 512 tokens, AdamW without decay; the layers are unrolled, as both peers' are.
-Every contestant is a process of its own that sleeps unless it is its turn; turns are interleaved,
-and what is printed is the median of the ratios of neighbouring turns. The losses of the first two
-steps must agree. google-tunix is not a dependency: `pip install google-tunix` into an environment
-that also holds medreason, or leave it out of --peers.
+folder); the layers are unrolled, as both peers' are. A step is of 4 x 512 tokens, AdamW without
+decay; decoding is of 8 prompts of 32 tokens, 128 new ones each. Every contestant is a process of
+its own that sleeps unless it is its turn; turns are interleaved, and what is printed is the median
+of the ratios of neighbouring turns. Losses must agree, and tokens be equal. google-tunix is not a
+dependency: `pip install google-tunix` into an environment that also holds medreason, or leave it
+out of --peers.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FIELDS = {
     "vocab_size": 8192,
@@ -35,14 +38,23 @@ FIELDS = {
     "initializer_range": 0.06,
 }
 B, T, RATE = 4, 512, 1e-4
+PROMPTS, PROMPT, NEW = 8, 32, 128
 THREADS = 2
-Step = Callable[[], float]  # one update; returns the loss before it
+# By name: "step" makes one update and returns the loss before it, "decode" returns token ids.
+Work = dict[str, Callable[[], Any]]
 
 
 def tokens_BT():
     import numpy as np
 
     return np.random.default_rng(1).integers(1, FIELDS["vocab_size"], (B, T))
+
+
+def prompts() -> list[list[int]]:
+    import numpy as np
+
+    shape = (PROMPTS, PROMPT)
+    return np.random.default_rng(2).integers(1, FIELDS["vocab_size"], shape).tolist()
 
 
 def write_model(folder: Path) -> None:
@@ -53,11 +65,13 @@ def write_model(folder: Path) -> None:
     Qwen2ForCausalLM(Qwen2Config(**FIELDS)).save_pretrained(folder)
 
 
-def medreason(folder: Path) -> Step:
+def medreason(folder: Path) -> Work:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from medreason_jax.generate.engine import Engine
+    from medreason_jax.generate.sampling import Sampling
     from medreason_jax.mesh import make_mesh, make_sharder
     from medreason_jax.qwen2.huggingface import import_params
     from medreason_jax.qwen2.load import make_compute
@@ -100,10 +114,18 @@ def medreason(folder: Path) -> Step:
         state, metrics = step(state, {}, batch)
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
-    return train
+    never = FIELDS["vocab_size"]  # no token ends an answer
+    engine = Engine(network, sharder.mesh, slots=PROMPTS, end_id=never, pad_id=0)
+    weights = import_params(TensorFiles(folder), abstract, sharder.tree(abstract))
+    greedy = Sampling(0.0, 0, 1.0, NEW)
+
+    def decode() -> list[list[int]]:
+        return [done.ids for done in engine.generate(weights, prompts(), greedy, seed=0)]
+
+    return {"step": train, "decode": decode}
 
 
-def torch(folder: Path) -> Step:
+def torch(folder: Path) -> Work:
     import torch
     from transformers import Qwen2ForCausalLM
 
@@ -119,14 +141,31 @@ def torch(folder: Path) -> Step:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return train
+    answering = Qwen2ForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    asked = torch.tensor(prompts())
+
+    def decode() -> list[list[int]]:
+        with torch.inference_mode():
+            out = answering.generate(
+                asked,
+                attention_mask=torch.ones_like(asked),
+                do_sample=False,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                pad_token_id=0,
+            )
+        return out[:, PROMPT:].tolist()
+
+    return {"step": train, "decode": decode}
 
 
-def tunix(folder: Path) -> Step:
+def tunix(folder: Path) -> Work:
     import jax
     import jax.numpy as jnp
+    import numpy as np
     import optax
     from flax import nnx
+    from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.qwen2 import model as qwen2
     from tunix.models.qwen2.params import create_model_from_safe_tensors
     from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
@@ -146,7 +185,10 @@ def tunix(folder: Path) -> Step:
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=axes)
     jax.set_mesh(mesh)
-    model = create_model_from_safe_tensors(str(folder), config, mesh, dtype=jnp.float32)
+    model, answering = (
+        create_model_from_safe_tensors(str(folder), config, mesh, dtype=jnp.float32)
+        for _ in range(2)
+    )
     trainer = PeftTrainer(
         model,
         optax.adamw(RATE, weight_decay=0.0),
@@ -165,21 +207,58 @@ def tunix(folder: Path) -> Step:
         jax.block_until_ready(nnx.state(trainer.model))
         return float(loss)
 
-    return train
+    asked, never = prompts(), FIELDS["vocab_size"] + 7
+
+    class Numbers:
+        """A tokenizer whose texts are the prompts' numbers."""
+
+        def encode(self, text):
+            return asked[int(text)]
+
+        def decode(self, ids):
+            return ""
+
+        def bos_id(self):
+            return None
+
+        def eos_id(self):
+            return never
+
+        def pad_id(self):
+            return 0
+
+    room = CacheConfig(
+        cache_size=PROMPT + NEW,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+    sampler = Sampler(answering, Numbers(), room)
+
+    def decode() -> list[list[int]]:
+        out = sampler(
+            [str(number) for number in range(PROMPTS)],
+            max_generation_steps=NEW,
+            max_prompt_length=PROMPT,
+            eos_tokens=[never],
+        )
+        return [np.asarray(tokens).tolist() for tokens in out.tokens]
+
+    return {"step": train, "decode": decode}
 
 
 CONTESTANTS = {"medreason": medreason, "torch": torch, "tunix": tunix}
 
 
 def work(name: str, folder: Path) -> None:
-    """One step for every line on standard input; its loss and seconds on standard output."""
+    """What each line of standard input names; result and seconds on standard output."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    train = CONTESTANTS[name](folder)
-    for _ in sys.stdin:
+    able = CONTESTANTS[name](folder)
+    for line in sys.stdin:
         start = time.perf_counter()
-        loss = train()
-        print(json.dumps({"loss": loss, "seconds": time.perf_counter() - start}), file=out)
+        result = able[line.strip()]()
+        print(json.dumps({"result": result, "seconds": time.perf_counter() - start}), file=out)
         out.flush()
 
 
@@ -193,16 +272,16 @@ class Contestant:
             "OMP_WAIT_POLICY": "PASSIVE",
             "TF_CPP_MIN_LOG_LEVEL": "2",
         }
-        command = [sys.executable, __file__, "--work", name, "--folder", str(folder)]
+        command = [sys.executable, __file__, "step", "--work", name, "--folder", str(folder)]
         pipe = subprocess.PIPE
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, env=environment
         )
 
-    def turn(self) -> dict[str, float]:
+    def turn(self, what: str) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -215,20 +294,36 @@ class Contestant:
         self.process.wait()
 
 
-def compare(peers: list[str], repetitions: int) -> None:
+def check_step(contestants: list[Contestant]) -> None:
+    for number in (1, 2):
+        losses = {c.name: round(c.turn("step")["result"], 4) for c in contestants}
+        print(f"loss of step {number}: {losses}", flush=True)
+        if max(losses.values()) - min(losses.values()) > 1e-3:
+            raise SystemExit("the losses differ: not the same work")
+
+
+def check_decode(contestants: list[Contestant]) -> None:
+    answers = {c.name: c.turn("decode")["result"] for c in contestants}
+    ours = answers["medreason"]
+    for name, theirs in answers.items():
+        pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+        same = sum(a == b for a, b in pairs)
+        print(f"{name}: {same} of {len(pairs)} tokens equal medreason's", flush=True)
+        if same < 0.9 * len(pairs):  # behind a near tie an answer goes its own way
+            raise SystemExit("the answers differ: not the same work")
+
+
+def compare(what: str, peers: list[str], repetitions: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         contestants = [Contestant(name, Path(folder)) for name in ["medreason", *peers]]
-        for number in (1, 2):
-            losses = {c.name: round(c.turn()["loss"], 4) for c in contestants}
-            print(f"loss of step {number}: {losses}", flush=True)
-            if max(losses.values()) - min(losses.values()) > 1e-3:
-                raise SystemExit("the losses differ: not the same work")
+        check = check_step if what == "step" else check_decode
+        check(contestants)
         seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
         for repetition in range(repetitions):
             order = contestants if repetition % 2 == 0 else contestants[::-1]
             for contestant in order:
-                seconds[contestant.name].append(contestant.turn()["seconds"])
+                seconds[contestant.name].append(contestant.turn(what)["seconds"])
         for contestant in contestants:
             contestant.close()
     ours = seconds["medreason"]
@@ -243,6 +338,7 @@ def compare(peers: list[str], repetitions: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["step", "decode"])
     parser.add_argument("--peers", default="torch,tunix")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--work", choices=CONTESTANTS, help=argparse.SUPPRESS)
@@ -251,4 +347,4 @@ if __name__ == "__main__":
     if arguments.work is not None:
         work(arguments.work, arguments.folder)
     else:
-        compare([p for p in arguments.peers.split(",") if p], arguments.repetitions)
+        compare(arguments.what, [p for p in arguments.peers.split(",") if p], arguments.repetitions)
