@@ -6,8 +6,10 @@ is one line on stderr.
 
 import asyncio
 import json
+import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,10 +102,20 @@ def _fail(error: Any, code: int) -> int:
 def _stopping_on_sigterm() -> Iterator[None]:
     """SIGTERM ends a command as ctrl-c does: children are stopped, what was paid for is kept."""
     previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = hook
+
+
+def _interrupt_again(lost: Any) -> None:
+    """An interrupt that came while a finalizer ran is lost there: it comes once more."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 # --- problem sets -----------------------------------------------------------------------------

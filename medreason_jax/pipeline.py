@@ -240,7 +240,10 @@ def make_bank(recipe: RecipeConfig, bank: Path) -> None:
         write_lines(bank / f"{split}.jsonl", [r for r in evaluation if r["split"] == split])
     if source.corpus is not None:
         texts = read_lines(source.corpus)[: source.documents]
-        write_lines(bank / "corpus.jsonl", [{"id": d["id"], "text": d["text"]} for d in texts])
+        whole, clean = bank / "corpus.whole.jsonl", bank / "corpus.jsonl"
+        write_lines(whole, [{"id": d["id"], "text": d["text"]} for d in texts])
+        evaluation_file = str(bank / "evaluation.jsonl")
+        data_gen("decontaminate", str(whole), "--evaluation", evaluation_file, "--out", str(clean))
 
 
 def data_gen_config(recipe: RecipeConfig, bank: Path, out: Path) -> dict[str, Any]:

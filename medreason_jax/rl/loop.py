@@ -23,7 +23,7 @@ from medreason_jax.mesh import (
 from medreason_jax.metrics import truncate_after
 from medreason_jax.qwen2.heads import ScoreHead, init_score
 from medreason_jax.rl.reward import Judged, Rewards, judge_response
-from medreason_jax.rl.rollout import make_rollout_scorer, rollout_rows
+from medreason_jax.rl.rollout import leave_out, make_rollout_scorer, rollout_rows
 from medreason_jax.train.objectives import proximal_policy
 from medreason_jax.train.optimizer import Rate
 from medreason_jax.train.program import lora_of, make_policy, optimizer_of, place_split
@@ -91,6 +91,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         table.write(iteration, [problems[n]["id"] for n in chosen], texts, judged)
 
         rows = rollout_rows(batch_prompts, completions, config.length, model.tokenizer.pad_id)
+        leave_out(rows, [j.outcome == "unscored" for j in judged])
         scores = np.array([j.reward for j in judged], np.float32)
         batch, score_B = put_batch(model.mesh, rows), put_batch(model.mesh, {"score": scores})
         training_rows, rollout_metrics = score_rollouts(
@@ -183,7 +184,7 @@ def mean_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
 def reward_metrics(judged: list[Judged], completions) -> dict[str, float]:
     outcomes = [j.outcome for j in judged]
     return {
-        "reward": float(np.mean([j.reward for j in judged])),
+        "reward": float(np.mean([j.reward for j in judged if j.outcome != "unscored"] or [0.0])),
         "verified": outcomes.count("true") / len(outcomes),
         "formatted": 1.0 - outcomes.count("unformatted") / len(outcomes),
         "unscored": outcomes.count("unscored") / len(outcomes),

@@ -18,11 +18,11 @@ class Rewards:
 @dataclass(frozen=True)
 class Judged:
     reward: float
-    outcome: str  # "true", "false" or "unformatted"
+    outcome: str  # "true", "false", "unscored" or "unformatted"
 
 
 def judge_response(text: str, problem: dict[str, Any], rewards: Rewards) -> Judged:
-    """An unscored verdict earns what a false one does, under its own name in the table."""
+    """An unscored verdict is no false one: `rl/loop.py` leaves its rollout out of the update."""
     parts = final_response(text)
     if parts is None or not parts[0].strip():
         return Judged(rewards.unformatted, "unformatted")

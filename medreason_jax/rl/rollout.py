@@ -33,6 +33,11 @@ def rollout_rows(
     return rows
 
 
+def leave_out(rows: dict[str, np.ndarray], out: Sequence[bool]) -> None:
+    """Rollouts whose answer could not be judged teach nothing: none of their tokens counts."""
+    rows["weights"][np.array(out)] = 0.0
+
+
 def make_rollout_scorer(policy: Policy, kl_coef: float, gamma: float, gae_lambda: float):
     """`(trainable, frozen, rows, score_B) -> (training rows, metrics)`, jitted."""
 
@@ -47,11 +52,12 @@ def make_rollout_scorer(policy: Policy, kl_coef: float, gamma: float, gae_lambda
         rewards_BT = token_rewards(score_B, logp_BT, reference_BT, mask_BT, kl_coef)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma, gae_lambda)
         tokens = jnp.maximum(jnp.sum(mask_BT), 1.0)
+        replies = jnp.sum(jnp.any(mask_BT > 0, axis=1))
         gap_BT = jnp.abs(logp_BT - rows["sampled_logp"]) * mask_BT
         error_BT = (returns_BT - values_BT) ** 2 * mask_BT
         spread_BT = (returns_BT - jnp.sum(returns_BT) / tokens) ** 2 * mask_BT
         metrics = {
-            "kl": jnp.mean(jnp.sum((logp_BT - reference_BT) * mask_BT, axis=1)),
+            "kl": jnp.sum((logp_BT - reference_BT) * mask_BT) / jnp.maximum(replies, 1.0),
             "sampler_gap": jnp.max(gap_BT),
             "policy_entropy": jnp.sum(entropy_BT * mask_BT) / tokens,
             "value_explained": 1.0 - jnp.sum(error_BT) / jnp.maximum(jnp.sum(spread_BT), 1e-8),
