@@ -343,17 +343,17 @@ def slots_of(state: Slots) -> int:
 class Session:
     """Requests on their way through the slots; one thread calls `round`.
 
-    With `compacts` the slots are halved while half of them would do and nothing waits.
+    With `compacts` there are as few slots, by halves of the engine's, as the requests need.
     """
 
     def __init__(self, engine: Engine, params: Params, length: int):
         self.engine, self.params, self.length = engine, params, length
-        self.state = engine.empty(engine.slots, length)
         self.compacts = False
+        self.state: Slots | None = None  # until the first round
         self.waits: deque[tuple[int, Request]] = deque()
-        self.held: list[tuple[int, Request] | None] = [None] * engine.slots
-        self.lengths = np.zeros(engine.slots, np.int64)  # tokens in the cache, as the host knows
-        self.left = np.zeros(engine.slots, np.int64)
+        self.held: list[tuple[int, Request] | None] = []
+        self.lengths = np.zeros(0, np.int64)  # tokens in the cache, as the host knows
+        self.left = np.zeros(0, np.int64)
         self.pending: tuple[list[tuple[int, Request] | None], Any] | None = None
         self.count = 0
         self.cancelled: set[int] = set()
@@ -401,6 +401,7 @@ class Session:
         if self.active == 0:
             self.pending = None
             return
+        assert self.state is not None
         held = [each for each in self.held if each is not None]
         steps = min(CHUNK, int(self.left.max()))
         steps = min(size_for(steps), CHUNK)
@@ -447,15 +448,17 @@ class Session:
         self.lengths[slot] = 0
 
     def _compact(self) -> None:
-        """Fewer slots where nothing waits, all of them again where something does."""
-        slots, active = len(self.held), self.active
-        wanted = slots
-        if self.waits:
-            wanted = self.engine.slots
-        elif self.compacts:
-            while wanted % (2 * self.engine.shards) == 0 and 0 < active <= wanted // 2:
+        """As many slots as are needed."""
+        wanted, needed = self.engine.slots, self.active + self.waiting
+        if self.compacts:
+            while wanted % (2 * self.engine.shards) == 0 and needed <= wanted // 2:
                 wanted //= 2
-        if wanted == slots:
+        if wanted == len(self.held) or needed == 0:
+            return
+        if self.state is None:
+            self.state = self.engine.empty(wanted, self.length)
+            self.held = [None] * wanted
+            self.lengths, self.left = np.zeros(wanted, np.int64), np.zeros(wanted, np.int64)
             return
         rows = [slot for slot, each in enumerate(self.held) if each is not None]
         rows += [-1] * (wanted - len(rows))
@@ -476,6 +479,7 @@ class Session:
                 self.held[slot] = (number, request)
                 self.lengths[slot] = len(request.prompt)
                 self.left[slot] = request.max_new_tokens
+            assert self.state is not None
             self.state = fill.run(self.state)
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medreason_jax.generate.engine import Engine, Request, Session, size_for
+from medreason_jax.generate.engine import Completion, Engine, Request, Session, size_for
 from medreason_jax.generate.sampling import Sampling
+from medreason_jax.rl.rollout import rollout_rows
 from tests.tiny import tiny_model
 
 END, PAD = 2, 0
@@ -74,6 +75,20 @@ def test_a_request_has_the_same_bits_alone_and_among_any_neighbours(engine, temp
     assert len({len(ids) for ids, _, _ in together}) > 1  # lengths differ: slots were refilled
     other = answer(engine, params, [Request(**{**vars(asked[0]), "seed": 8})])[0]
     assert (other[0] == alone[0][0]) == (temperature == 0.0)
+
+
+def test_in_bfloat16_the_bits_are_a_request_s_own_too_and_the_trainer_is_near():
+    mesh, network, params, scorer = tiny_model(options={"dtype": jnp.bfloat16})
+    engine = Engine(network, mesh, slots=4, end_id=END, pad_id=PAD)
+    asked = requests(9)
+    together = answer(engine, params, asked)
+    assert [answer(engine, params, [request])[0] for request in asked[:3]] == together[:3]
+    done = [Completion(*each) for each in together]
+    rows = rollout_rows([request.prompt for request in asked], done, 64, PAD)
+    logp_BT = scorer.scores(params, {name: jnp.asarray(x) for name, x in rows.items()}).logp
+    gap = float(jnp.max(jnp.abs(logp_BT - rows["sampled_logp"]) * rows["weights"]))
+    print(f"largest gap between sampler and trainer in bfloat16: {gap:.4f}")
+    assert 0 < gap < 0.05
 
 
 def test_settings_are_each_request_s_own(engine):
