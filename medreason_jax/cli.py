@@ -128,6 +128,91 @@ def generate(
     print(f"answers {count} in {out}")
 
 
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="model, stage or Hugging Face folder")],
+    host: Annotated[str, typer.Option(help="other than loopback needs --api-key-env")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="answers decoded at a time")] = 64,
+    queue: Annotated[int, typer.Option(min=0, help="answers that may wait beside them")] = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="tokens of prompt and answer; 4096, or the model's most if less"),
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1024, help="bytes of a request")] = 4 * 2**20,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    name: Annotated[
+        str | None, typer.Option(help="what clients call the model; the folder's name if not given")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="environment variable with the key that clients have to send")
+    ] = None,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="compile for every length before the first request")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Serve a model to OpenAI clients until SIGTERM, which lets running answers finish.
+
+    Example: medreason serve runs/formulary/sft --port 8000
+    """
+    one_of("--dtype", dtype, ("float32", "bfloat16"))
+    alone("serve")
+    from medreason_jax.generate.serve import serve_model
+
+    def ready(name: str, url: str) -> None:
+        said = {"model": name, "base_url": url}
+        print(json.dumps(said) if json_ else f"serving {name} at {url}", flush=True)
+
+    serve_model(
+        model,
+        host=host,
+        port=port,
+        slots=slots,
+        length=length,
+        queue=queue,
+        max_body=max_body,
+        dtype=dtype,
+        name=name,
+        api_key_env=api_key_env,
+        warm=warm_up,
+        ready=ready,
+    )
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Argument(help="base URL of a server")] = "http://127.0.0.1:8000/v1",
+    model: Annotated[
+        str | None, typer.Option(help="its name at the server; the first one there if not given")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of an answer; all that there is room for if not")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="environment variable with the server's key")
+    ] = None,
+) -> None:
+    """Talk to a server in the terminal: /clear, /quit; Ctrl-C cancels an answer.
+
+    Example: medreason chat http://127.0.0.1:8000/v1
+    """
+    from medreason_jax.generate.chat_client import Chat, converse, served_model
+
+    key = None if api_key_env is None else os.environ.get(api_key_env)
+    if api_key_env is not None and not key:
+        raise ValueError(f"--api-key-env {api_key_env}: the environment variable is not set")
+    url = url.rstrip("/")
+    settings: dict[str, Any] = {"temperature": temperature}
+    settings |= {} if max_tokens is None else {"max_tokens": max_tokens}
+    talk = Chat(url, model or served_model(url, key), key, system, settings)
+    converse(talk, input, lambda text: print(text, end="", flush=True))
+
+
 @app.command("import")
 def import_model(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder, or peft folder")],
