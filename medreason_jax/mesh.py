@@ -54,6 +54,8 @@ def start_processes(folder: Path | None = None) -> None:
     """
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((folder / "compile_cache").absolute()))
+        # Also what compiles in less than the default second: decoding has many such programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if "MEDREASON_COORDINATOR" in os.environ:
         jax.distributed.initialize(
             coordinator_address=os.environ["MEDREASON_COORDINATOR"],

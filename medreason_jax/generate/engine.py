@@ -30,6 +30,7 @@ from medreason_jax.qwen2.model import Cache, Network, Params, unstack
 
 CHUNK = 16  # decode steps of a round
 LEAST_SIZE = 16
+FEWER = 4  # by which the slots become fewer: each number of them has programs of its own
 REFILLS = 8  # a prefill has rows for this part of the slots
 MOST_TOP = 20  # alternatives of a token
 MOST_STOPS = 4  # stop ids of a request, beside the engine's
@@ -343,7 +344,7 @@ def slots_of(state: Slots) -> int:
 class Session:
     """Requests on their way through the slots; one thread calls `round`.
 
-    With `compacts` there are as few slots, by halves of the engine's, as the requests need.
+    With `compacts` there are as few slots, by quarters of the engine's, as the requests need.
     """
 
     def __init__(self, engine: Engine, params: Params, length: int):
@@ -451,8 +452,8 @@ class Session:
         """As many slots as are needed."""
         wanted, needed = self.engine.slots, self.active + self.waiting
         if self.compacts:
-            while wanted % (2 * self.engine.shards) == 0 and needed <= wanted // 2:
-                wanted //= 2
+            while wanted % (FEWER * self.engine.shards) == 0 and needed <= wanted // FEWER:
+                wanted //= FEWER
         if wanted == len(self.held) or needed == 0:
             return
         if self.state is None:
