@@ -31,7 +31,7 @@ from medreason_jax.qwen2.model import Cache, Network, Params, unstack
 CHUNK = 16  # decode steps of a round
 LEAST_SIZE = 16
 FEWER = 4  # by which the slots become fewer: each number of them has programs of its own
-REFILLS = 8  # a prefill has rows for this part of the slots
+REFILLS, LEAST_ROWS = 8, 4  # a prefill has rows for this part of the slots, or so many
 MOST_TOP = 20  # alternatives of a token
 MOST_STOPS = 4  # stop ids of a request, beside the engine's
 
@@ -100,7 +100,8 @@ class Engine:
     def __init__(self, network: Network, mesh: Mesh, *, slots: int, end_id: int, pad_id: int):
         self.shards = batch_shards(mesh)
         self.slots = -(-slots // self.shards) * self.shards
-        self.prefill_rows = self.shards * max(1, self.slots // (REFILLS * self.shards))
+        own = self.slots // self.shards  # of one shard
+        self.prefill_rows = self.shards * max(own // REFILLS, min(own, LEAST_ROWS))
         self.network, self.mesh, self.end_id, self.pad_id = network, mesh, end_id, pad_id
         self.sharder: Sharder = network.compute.constrain  # type: ignore[assignment]
         self._programs: dict[tuple, Any] = {}
