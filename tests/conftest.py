@@ -8,7 +8,7 @@ import pytest
 DATA = Path(os.environ.get("MEDREASON_DATA", "../shared/data"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data; tests that need it are skipped where it is missing."""
     if not DATA.is_dir():

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from data_gen.bank_table import Row, read_rows
 from data_gen.cli import main
 from data_gen.records import Mcq, read_records
 
-DATA = Path(os.environ.get("MEDREASON_DATA", "../shared/data"))
 DRUGS = ("Velotan", "Maridol", "Sorbex", "Tilazin", "Quenol")
 GOOD = {
     "question": "Which drug lowers the pressure of a patient with gout?",
@@ -350,10 +348,8 @@ def test_a_bank_of_which_nothing_is_left_is_exit_code_2(tmp_path: Path, capsys):
     ("path", "rows", "accepted"),
     [("medqa-usmle/phrases_no_exclude_test.jsonl", 899, 0.95), ("medmcqa/dev.json", 2913, 0.80)],
 )
-def test_real_banks_are_read_without_a_map_and_none_is_lost(path: str, rows: int, accepted: float):
-    if not (DATA / path).exists():
-        pytest.skip(f"{DATA / path} is missing (set MEDREASON_DATA)")
-    read = read_rows(DATA / path)
+def test_real_banks_are_read_without_a_map_and_none_is_lost(real_data, path, rows, accepted):
+    read = read_rows(real_data / path)
     checked = check(*(row.values for row in read))
     assert len(read) == rows == len(checked.mcqs) + len(checked.rejected)
     assert len(checked.mcqs) >= accepted * rows

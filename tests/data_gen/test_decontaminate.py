@@ -109,12 +109,8 @@ OTHER_NAMES = {"man": "lady", "woman": "gentleman", "boy": "girl", "girl": "boy"
 
 
 @pytest.fixture(scope="module")
-def medqa() -> list[Item]:
-    from tests.conftest import DATA
-
-    path = DATA / "medqa-usmle" / "phrases_no_exclude_test.jsonl"
-    if not path.exists():
-        pytest.skip(f"no real data in {DATA}; set MEDREASON_DATA")
+def medqa(real_data) -> list[Item]:
+    path = real_data / "medqa-usmle" / "phrases_no_exclude_test.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     return [Item(record["question"], record["answer"]) for record in map(json.loads, lines)]
 

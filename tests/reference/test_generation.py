@@ -55,7 +55,7 @@ def test_greedy_answers_equal_transformers():
     reference = rough_reference({})
     compared, ties = compare_greedy(reference, prompts, 128, end_id=2, pad_id=0, slots=3)
     print(f"{compared} tokens identical, {ties} of 10 prompts end at a near tie")
-    assert compared >= 300 and ties <= 5
+    assert compared >= 10 * 128 - 128 * ties and ties <= 1
 
 
 QUESTIONS = (
