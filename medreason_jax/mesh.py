@@ -276,6 +276,8 @@ def put_rows(
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch that every process holds whole, spread over the mesh by rows."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, batch_sharding(mesh))
     return {
         name: put_rows(mesh, lambda rows, a=array: a[rows], array.shape)
         for name, array in batch.items()

@@ -247,7 +247,7 @@ class Engine:
             new = jnp.take(prompts_RKPH, row_B, axis=cache.ndim - 4).astype(cache.dtype)
             old = cache[..., : new.shape[-2], :]
             kept = jnp.where(taken_B[:, None, None, None], new, old)
-            return jax.lax.dynamic_update_slice(cache, kept, (0,) * cache.ndim)
+            return _put_first(cache, kept)
 
         def choose(new, old):
             return jnp.where(taken_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
@@ -284,14 +284,18 @@ class Engine:
         key = ("decode", state.lengths_B.shape[0], slots_of(state), seen, steps, top)
 
         def run(params: Params, state: Slots, held_B):
-            state = state.replace(left_B=jnp.where(held_B, state.left_B, 0))  # cancelled ones end
-            return self._decode(params, state, seen, steps, top)
+            cache = state.cache
+            state = state.replace(
+                left_B=jnp.where(held_B, state.left_B, 0),  # cancelled ones end
+                cache=jax.tree.map(lambda x: x[..., :seen, :], cache),
+            )
+            state, out = self._decode(params, state, steps, top)
+            return state.replace(cache=jax.tree.map(_put_first, cache, state.cache)), out
 
         program = self.program(key, lambda: self._jit(run, donate=(1,), beside=True))
         return program(params, state, put_batch(self.mesh, {"held_B": held_B})["held_B"])
 
-    def _decode(self, params: Params, state: Slots, seen: int, steps: int, top: bool):
-        W_VD = self.network.vocabulary_kernel(params)
+    def _decode(self, params: Params, state: Slots, steps: int, top: bool):
         B = state.lengths_B.shape[0]
         out = {
             "tokens_CB": jnp.zeros((steps, B), jnp.int32),
@@ -304,16 +308,14 @@ class Engine:
         def step(carry):
             c, state, out = carry
             alive_B = state.left_B > 0
-            logits_BV = jax.lax.dot_general(
-                state.h_BD, W_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
+            logits_BV = self.network.logits(params, state.h_BD)
             token_B, logp_B, logp_BV = next_token(logits_BV, state.draws)
             drawn = {"tokens_CB": jnp.where(alive_B, token_B, -1), "logp_CB": logp_B}
             if top:
                 drawn["top_logp_CBK"], drawn["top_ids_CBK"] = jax.lax.top_k(logp_BV, MOST_TOP)
             out = {name: out[name].at[c].set(value) for name, value in drawn.items()}
             token_B = jnp.where(alive_B, token_B, self.pad_id)
-            h_BD, cache = self.network.decode(params, token_B, state.lengths_B, state.cache, seen)
+            h_BD, cache = self.network.decode(params, token_B, state.lengths_B, state.cache)
             stopped_B = jnp.any(token_B[:, None] == state.stops_BM, axis=1)
             new = Slots(
                 cache=cache,
@@ -335,6 +337,11 @@ class Engine:
 
 
 _DRAWN = ("temperature_B", "top_k_B", "top_p_B", "seed_B", "number_B")
+
+
+def _put_first(cache, slots):
+    """The cache with these in place of its first slots."""
+    return jax.lax.dynamic_update_slice(cache, slots, (0,) * cache.ndim)
 
 
 def slots_of(state: Slots) -> int:

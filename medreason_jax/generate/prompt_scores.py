@@ -83,15 +83,11 @@ def _scores(scorer: Scorer, params: Params, batch, top: int):
     out = {"logp": scores.logp}
     if top == 0:
         return out
-    W_VD = scorer.network.vocabulary_kernel(params).astype(h_BTD.dtype)
     B, T, D = h_BTD.shape
-    k, t = min(top, W_VD.shape[0]), min(SHORTEST, T)  # T is a multiple of it
+    k, t = min(top, scorer.network.sizes.vocab_size), min(SHORTEST, T)  # T is a multiple of it
 
     def likeliest(h_BtD):
-        z_BtV = jax.lax.dot_general(
-            h_BtD, W_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        return jax.lax.top_k(z_BtV, k)
+        return jax.lax.top_k(scorer.network.logits(params, h_BtD), k)
 
     h_CBtD = jnp.moveaxis(h_BTD.reshape(B, T // t, t, D), 1, 0)
     z_CBtk, ids_CBtk = jax.lax.map(likeliest, h_CBtD)

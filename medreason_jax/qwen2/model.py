@@ -54,14 +54,6 @@ def write_slot(cache_BKSH, new_BKH, slots_B, layer=None):
     return jax.vmap(one_row, in_axes=(rows, 0, 0), out_axes=rows)(cache_BKSH, new_BKH, slots_B)
 
 
-def read_slots(cache, seen: int, layer=None):
-    """The first `seen` slots, [B, K, seen, H]; of one layer where it is stacked."""
-    if layer is None:
-        return cache[:, :, :seen]
-    _, B, K, _, H = cache.shape
-    return jax.lax.dynamic_slice(cache, (layer, 0, 0, 0, 0), (1, B, K, seen, H))[0]
-
-
 @struct.dataclass
 class Compute:
     """How the model runs: not what it computes.
@@ -227,11 +219,11 @@ class Qwen2(nnx.Module):
             kept.append(own)
         return self.norm(x_BTD), Cache(tuple(c.k for c in kept), tuple(c.v for c in kept))
 
-    def decode(self, tokens_B, lengths_B, cache: Cache, seen: int, compute: Compute, layers=None):
+    def decode(self, tokens_B, lengths_B, cache: Cache, compute: Compute, layers=None):
         """hidden_BD of one more token a row, written at slot lengths_B, and the cache with it.
 
-        Only the first `seen` slots are read: every length is below it. `layers` are the parameters
-        of each layer, which are then unrolled; without them the stacked ones are scanned.
+        `layers` are the parameters of each layer, which are then unrolled; without them the
+        stacked ones are scanned.
         """
         definition, stacked = nnx.split(self.layers)
         rotation_B1H = rotation(self.sizes, lengths_B[:, None])
@@ -242,7 +234,9 @@ class Qwen2(nnx.Module):
                     write_slot(cache.k, k_B1KH[:, 0], lengths_B, index),
                     write_slot(cache.v, v_B1KH[:, 0], lengths_B, index),
                 )
-                k_BKSH, v_BKSH = (read_slots(x, seen, index) for x in (written.k, written.v))
+                k_BKSH, v_BKSH = (
+                    x if index is None else x[index] for x in (written.k, written.v)
+                )
                 context_BNH = decode_attention(q_B1NH[:, 0], k_BKSH, v_BKSH, lengths_B)
                 return context_BNH[:, None], written
 
@@ -327,9 +321,9 @@ class Network:
         model, layers = self._merge(params)
         return model.prefill(tokens_BT, lengths_B, self.compute, layers)
 
-    def decode(self, params: Params, tokens_B, lengths_B, cache: Cache, seen: int):
+    def decode(self, params: Params, tokens_B, lengths_B, cache: Cache):
         model, layers = self._merge(params)
-        return model.decode(tokens_B, lengths_B, cache, seen, self.compute, layers)
+        return model.decode(tokens_B, lengths_B, cache, self.compute, layers)
 
     def _merge(self, params: Params):
         """The model; of unstacked parameters one layer stands for all, which come beside it."""
@@ -352,6 +346,15 @@ class Network:
         if self.sizes.tie_word_embeddings:
             return params["embed_tokens"]["embedding"]
         return params["lm_head"]["kernel"].T
+
+    def logits(self, params: Params, h: jax.Array) -> jax.Array:
+        """float32 [..., V] of hidden states [..., D]; whoever has many of them takes chunks."""
+        tied = self.sizes.tie_word_embeddings
+        W = params["embed_tokens"]["embedding"] if tied else params["lm_head"]["kernel"]
+        products = ((h.ndim - 1,), (1 if tied else 0,))
+        return jax.lax.dot_general(
+            h, W.astype(h.dtype), (products, ((), ())), preferred_element_type=jnp.float32
+        )
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         s, dtype = self.sizes, self.compute.dtype
