@@ -214,9 +214,10 @@ class HeadShards:
 
     mesh: Mesh = struct.field(pytree_node=False)
 
-    def map(self, function: Callable, heads: int, kv_heads: int) -> Callable:
+    def map(self, function: Callable, heads: int, kv_heads: int, kv_head_axis: int = 2) -> Callable:
         """shard_map of `function(q_BTNH, k_BSKH, v_BSKH, rows) -> context_BTNH`, `rows` [B, ...].
 
+        With kv_head_axis=1 keys and values are [B, K, S, H].
         Key/value heads that the tensor axis does not divide are held by every device; `function`
         gets the ones that the device's query heads read.
         """
@@ -228,14 +229,16 @@ class HeadShards:
                 f"heads; allowed: {allowed}"
             )
         split = PartitionSpec(BATCH, None, "tensor", None)
-        kv_split = split if kv_heads % tensor == 0 else PartitionSpec(BATCH)
+        whole = kv_heads % tensor != 0
+        kv_axes = [None] * kv_head_axis if whole else [*[None] * (kv_head_axis - 1), "tensor"]
+        kv_split = PartitionSpec(BATCH, *kv_axes)
 
-        def local(q_BTNH, k_BSKH, v_BSKH, rows):
-            if kv_split is not split:
+        def local(q_BTNH, k, v, rows):
+            if whole:
                 device = jax.lax.axis_index("tensor")
                 heads_J = read_heads(device, heads // tensor, heads // kv_heads)
-                k_BSKH, v_BSKH = (jax.numpy.take(x, heads_J, axis=2) for x in (k_BSKH, v_BSKH))
-            return function(q_BTNH, k_BSKH, v_BSKH, rows)
+                k, v = (jax.numpy.take(x, heads_J, axis=kv_head_axis) for x in (k, v))
+            return function(q_BTNH, k, v, rows)
 
         return jax.shard_map(
             local,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.generate.engine import Request
-from medreason_jax.generate.engine_thread import Driver, Mailbox, Progress, PromptScores, PromptText
+from medreason_jax.generate.engine_thread import Driver, Mailbox, PromptScores, PromptText
 from medreason_jax.generate.protocol import (
     LARGEST_SEED,
     ChatRequest,
@@ -15,6 +14,7 @@ from medreason_jax.generate.protocol import (
     Refusal,
 )
 from medreason_jax.generate.replies import Choice, Head, Part, usage
+from medreason_jax.generate.requests import Progress, Request
 from medreason_jax.generate.text_stream import TokenTexts
 
 

@@ -12,125 +12,54 @@ the same (float32, one mesh); across those and meshes log-probs agree to roundin
 B slots, R prefill rows, P prompt size, S cache slots, C steps of a round, M stop ids, V vocabulary.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh
 
-from medreason_jax.generate.sampling import Draws, Sampling, next_token
-from medreason_jax.mesh import Sharder, batch_shards, gather_to_host, put_batch, replicated
-from medreason_jax.qwen2.model import Cache, Network, Params, unstack
+from medreason_jax.generate.programs import Programs, Slots
+from medreason_jax.generate.requests import MOST_STOPS, Completion, Progress, Request, check
+from medreason_jax.generate.sampling import Sampling
+from medreason_jax.mesh import batch_shards, gather_to_host
+from medreason_jax.qwen2.model import Network, Params
 
 CHUNK = 16  # decode steps of a round
 LEAST_SIZE = 16
 FEWER = 4  # by which the slots become fewer: each number of them has programs of its own
 REFILLS, LEAST_ROWS = 8, 4  # a prefill has rows for this part of the slots, or so many
-MOST_TOP = 20  # alternatives of a token
-MOST_STOPS = 4  # stop ids of a request, beside the engine's
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to answer, and how."""
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    seed: int = 0
-    number: int = 0  # tells apart the samples of one seed
-    top_logprobs: int = 0  # alternatives of every token
-    stop_ids: tuple[int, ...] = ()  # beside the engine's own
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a request got in one round; `top` holds (id, log-prob) of the likeliest tokens."""
-
-    request: int
-    ids: list[int]
-    logprobs: list[float]
-    top: list[list[tuple[int, float]]]
-    finish_reason: str | None  # "stop", "length"; None while it goes on
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Sampled ids (the end of turn included when it came) with the log-prob of each."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop" or "length"
-
-
-@struct.dataclass
-class Slots:
-    """What the device holds of B requests."""
-
-    cache: Cache
-    first_BD: jax.Array  # the prompt's last hidden state, for requests with the same prompt
-    h_BD: jax.Array  # the last token's hidden state: the next token's logits come from it
-    lengths_B: jax.Array  # tokens in the cache
-    left_B: jax.Array  # tokens that may still be drawn; 0: the slot is free
-    stops_BM: jax.Array  # -1 where there is none
-    draws: Draws
 
 
 def size_for(count: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that holds `count`."""
+    """The smallest of 16, 32, 48, 64, 96, 128, 192, ... that holds `count`."""
     size = LEAST_SIZE
     while size < count:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        power_of_two = size & (size - 1) == 0
+        size = 2 * size if size == LEAST_SIZE else size * 3 // 2 if power_of_two else size * 4 // 3
     return size
 
 
 class Engine:
-    """The programs of one network and mesh; `session` decodes with them."""
+    """Generation with one network on one mesh, in so many slots."""
 
     def __init__(self, network: Network, mesh: Mesh, *, slots: int, end_id: int, pad_id: int):
         self.shards = batch_shards(mesh)
         self.slots = -(-slots // self.shards) * self.shards
         own = self.slots // self.shards  # of one shard
         self.prefill_rows = self.shards * max(own // REFILLS, min(own, LEAST_ROWS))
-        self.network, self.mesh, self.end_id, self.pad_id = network, mesh, end_id, pad_id
-        self.sharder: Sharder = network.compute.constrain  # type: ignore[assignment]
-        self._programs: dict[tuple, Any] = {}
+        self.end_id, self.pad_id = end_id, pad_id
+        self.vocab_size = network.sizes.vocab_size
+        self.programs = Programs(network, mesh, pad_id)
 
     @property
     def compiled(self) -> int:
         """Programs compiled so far: what does not grow is warm."""
-        return len(self._programs)
+        return len(self.programs)
 
     def session(self, params: Params, length: int) -> "Session":
         """Decoding with these parameters; `length` is the longest prompt with its new tokens."""
-        return Session(self, self.load(params), size_for(length))
-
-    def load(self, params: Params) -> Params:
-        """The parameters in the type and layout of decoding, on the device."""
-        dtype = self.network.compute.dtype
-
-        def cast(params: Params) -> Params:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-            return unstack(params) if self.network.unrolls else params
-
-        def make():
-            places = self.sharder.decode_tree(params)
-            if self.network.unrolls:
-                one = self.sharder.unstacked(places["layers"])
-                places = {**places, "layers": (one,) * self.network.sizes.num_hidden_layers}
-            return jax.jit(cast, out_shardings=places)
-
-        return self.program("load", make)(params)
+        return Session(self, self.programs.load(params), size_for(length))
 
     def generate(
         self,
@@ -173,181 +102,6 @@ class Engine:
                     done = Completion(ids, logprobs, part.finish_reason)
                     yield numbers.pop(part.request), done
 
-    # --- programs -----------------------------------------------------------------------------
-
-    def program(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The compiled program of a key; made, and told, where it is the first time."""
-        key = key if isinstance(key, tuple) else (key,)
-        if key not in self._programs:
-            log.info("compiles %s", key)
-            self._programs[key] = make()
-        return self._programs[key]
-
-    def empty(self, slots: int, length: int) -> Slots:
-        """No request in any slot."""
-
-        def make() -> Slots:
-            width, dtype = self.network.sizes.hidden_size, self.network.compute.dtype
-            zeros, floats = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.float32)
-            return Slots(
-                cache=self.network.empty_cache(slots, length),
-                first_BD=jnp.zeros((slots, width), dtype),
-                h_BD=jnp.zeros((slots, width), dtype),
-                lengths_B=zeros,
-                left_B=zeros,
-                stops_BM=jnp.full((slots, MOST_STOPS + 1), -1, jnp.int32),
-                draws=Draws(floats, zeros, jnp.ones_like(floats), zeros, zeros, zeros),
-            )
-
-        return self.program(("empty", slots, length), lambda: self._jit(make))()
-
-    def _jit(self, function: Callable, donate: tuple[int, ...] = (), beside: bool = False):
-        """Compiled with the state on its places, so that every program takes any other's state.
-
-        `beside` is for functions that return more than the state.
-        """
-        rows = self.sharder.place(("batch",))
-        stack = () if self.network.unrolls else (None,)
-        cache = self.sharder.place((*stack, "batch", "kv_heads", None, None))
-        names = (field for field in Slots.__dataclass_fields__ if field != "cache")
-        state = Slots(cache=cache, **dict.fromkeys(names, rows))
-        out = (state, replicated(self.mesh)) if beside else state
-        return jax.jit(function, donate_argnums=donate, out_shardings=out)
-
-    def admit(self, params: Params, state: Slots, batch: dict[str, np.ndarray]) -> Slots:
-        """New requests in the slots with row_B >= 0: row row_B of the prefilled tokens_RP."""
-        key = ("admit", state.lengths_B.shape[0], slots_of(state), batch["tokens_RP"].shape)
-        program = self.program(key, lambda: self._jit(self._admit, donate=(1,)))
-        return program(params, state, put_batch(self.mesh, batch))
-
-    def _admit(self, params: Params, state: Slots, batch) -> Slots:
-        h_RPD, prompts = self.network.prefill(params, batch["tokens_RP"], batch["lengths_R"])
-        last_R = jnp.maximum(batch["lengths_R"] - 1, 0)
-        last_RD = jnp.take_along_axis(h_RPD, last_R[:, None, None], axis=1)[:, 0]
-        return self._fill(state, prompts, last_RD, batch)
-
-    def copy(self, state: Slots, batch: dict[str, np.ndarray]) -> Slots:
-        """As `admit`, row_B being slots whose prompts, of at most P tokens, are the same."""
-        P = batch.pop("prompt_size").item()
-        key = ("copy", state.lengths_B.shape[0], slots_of(state), P)
-
-        def run(state: Slots, batch) -> Slots:
-            prompts = jax.tree.map(lambda x: x[..., :P, :], state.cache)
-            return self._fill(state, prompts, state.first_BD, batch)
-
-        return self.program(key, lambda: self._jit(run, donate=(0,)))(
-            state, put_batch(self.mesh, batch)
-        )
-
-    def _fill(self, state: Slots, prompts: Cache, last_RD, batch) -> Slots:
-        row_B = batch["row_B"]
-        taken_B, row_B = row_B >= 0, jnp.maximum(row_B, 0)
-
-        def put(cache, prompts_RKPH):
-            new = jnp.take(prompts_RKPH, row_B, axis=cache.ndim - 4).astype(cache.dtype)
-            old = cache[..., : new.shape[-2], :]
-            kept = jnp.where(taken_B[:, None, None, None], new, old)
-            return _put_first(cache, kept)
-
-        def choose(new, old):
-            return jnp.where(taken_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
-        last_BD = choose(last_RD[row_B], state.first_BD)
-        given = {name: batch[name] for name in ("lengths_B", "left_B", "stops_BM")}
-        draws = Draws(
-            **{name: batch[name] for name in _DRAWN}, drawn_B=jnp.zeros_like(state.lengths_B)
-        )
-        return Slots(
-            cache=jax.tree.map(put, state.cache, prompts),
-            first_BD=last_BD,
-            h_BD=choose(last_BD, state.h_BD),
-            **{name: choose(given[name], getattr(state, name)) for name in given},
-            draws=jax.tree.map(choose, draws, state.draws),
-        )
-
-    def resize(self, state: Slots, rows_b: np.ndarray) -> Slots:
-        """The state of other slots: slot i is the one that was rows_b[i]; -1 makes a free one."""
-        key = ("resize", state.lengths_B.shape[0], slots_of(state), len(rows_b))
-
-        def run(state: Slots, rows_b) -> Slots:
-            at = jnp.maximum(rows_b, 0)
-            cache = jax.tree.map(lambda x: jnp.take(x, at, axis=x.ndim - 4), state.cache)
-            rows = jax.tree.map(lambda x: x[at], state.replace(cache=None))
-            return rows.replace(cache=cache, left_B=jnp.where(rows_b >= 0, rows.left_B, 0))
-
-        return self.program(key, lambda: self._jit(run))(state, jnp.asarray(rows_b, jnp.int32))
-
-    def decode(
-        self, params: Params, state: Slots, held_B: np.ndarray, seen: int, steps: int, top: bool
-    ):
-        """`steps` tokens in every slot that is held; returns the state and what was drawn."""
-        key = ("decode", state.lengths_B.shape[0], slots_of(state), seen, steps, top)
-
-        def run(params: Params, state: Slots, held_B):
-            cache = state.cache
-            state = state.replace(
-                left_B=jnp.where(held_B, state.left_B, 0),  # cancelled ones end
-                cache=jax.tree.map(lambda x: x[..., :seen, :], cache),
-            )
-            state, out = self._decode(params, state, steps, top)
-            return state.replace(cache=jax.tree.map(_put_first, cache, state.cache)), out
-
-        program = self.program(key, lambda: self._jit(run, donate=(1,), beside=True))
-        return program(params, state, put_batch(self.mesh, {"held_B": held_B})["held_B"])
-
-    def _decode(self, params: Params, state: Slots, steps: int, top: bool):
-        B = state.lengths_B.shape[0]
-        out = {
-            "tokens_CB": jnp.zeros((steps, B), jnp.int32),
-            "logp_CB": jnp.zeros((steps, B), jnp.float32),
-        }
-        if top:
-            out["top_ids_CBK"] = jnp.zeros((steps, B, MOST_TOP), jnp.int32)
-            out["top_logp_CBK"] = jnp.zeros((steps, B, MOST_TOP), jnp.float32)
-
-        def step(carry):
-            c, state, out = carry
-            alive_B = state.left_B > 0
-            logits_BV = self.network.logits(params, state.h_BD)
-            token_B, logp_B, logp_BV = next_token(logits_BV, state.draws)
-            drawn = {"tokens_CB": jnp.where(alive_B, token_B, -1), "logp_CB": logp_B}
-            if top:
-                drawn["top_logp_CBK"], drawn["top_ids_CBK"] = jax.lax.top_k(logp_BV, MOST_TOP)
-            out = {name: out[name].at[c].set(value) for name, value in drawn.items()}
-            token_B = jnp.where(alive_B, token_B, self.pad_id)
-            h_BD, cache = self.network.decode(params, token_B, state.lengths_B, state.cache)
-            stopped_B = jnp.any(token_B[:, None] == state.stops_BM, axis=1)
-            new = Slots(
-                cache=cache,
-                first_BD=state.first_BD,
-                h_BD=jnp.where(alive_B[:, None], h_BD, state.h_BD),
-                lengths_B=state.lengths_B + alive_B,
-                left_B=jnp.where(stopped_B, 0, jnp.maximum(state.left_B - 1, 0)),
-                stops_BM=state.stops_BM,
-                draws=state.draws.replace(drawn_B=state.draws.drawn_B + alive_B),
-            )
-            return c + 1, new, out
-
-        def goes_on(carry):
-            c, state, _ = carry
-            return (c < steps) & jnp.any(state.left_B > 0)
-
-        steps_done, state, out = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out))
-        return state, {**out, "steps": steps_done}
-
-
-_DRAWN = ("temperature_B", "top_k_B", "top_p_B", "seed_B", "number_B")
-
-
-def _put_first(cache, slots):
-    """The cache with these in place of its first slots."""
-    return jax.lax.dynamic_update_slice(cache, slots, (0,) * cache.ndim)
-
-
-def slots_of(state: Slots) -> int:
-    """S: the tokens that a slot has room for."""
-    return jax.tree.leaves(state.cache)[0].shape[-2]
-
 
 class Session:
     """Requests on their way through the slots; one thread calls `round`.
@@ -382,7 +136,7 @@ class Session:
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its number. ValueError where it cannot fit."""
-        check(request, self.length, self.engine.network.sizes.vocab_size)
+        check(request, self.length, self.engine.vocab_size)
         self.count += 1
         self.waits.append((self.count, request))
         return self.count
@@ -417,7 +171,9 @@ class Session:
         seen = min(size_for(int(self.lengths.max()) + steps), self.length)
         top = any(request.top_logprobs > 0 for _, request in held)
         held_B = np.array([each is not None for each in self.held])
-        self.state, out = self.engine.decode(self.params, self.state, held_B, seen, steps, top)
+        self.state, out = self.engine.programs.decode(
+            self.params, self.state, held_B, seen, steps, top
+        )
         self.pending = list(self.held), out
 
     def _collect(self) -> list[Progress]:
@@ -465,13 +221,13 @@ class Session:
         if wanted == len(self.held) or needed == 0:
             return
         if self.state is None:
-            self.state = self.engine.empty(wanted, self.length)
+            self.state = self.engine.programs.empty(wanted, self.length)
             self.held = [None] * wanted
             self.lengths, self.left = np.zeros(wanted, np.int64), np.zeros(wanted, np.int64)
             return
         rows = [slot for slot, each in enumerate(self.held) if each is not None]
         rows += [-1] * (wanted - len(rows))
-        self.state = self.engine.resize(self.state, np.array(rows))
+        self.state = self.engine.programs.resize(self.state, np.array(rows))
         self.held = [None if row < 0 else self.held[row] for row in rows]
         self.lengths = np.array([0 if row < 0 else self.lengths[row] for row in rows])
         self.left = np.array([0 if row < 0 else self.left[row] for row in rows])
@@ -550,32 +306,14 @@ class Fill:
         longest = size_for(int(self.settings["lengths_B"].max()))
         width = min(longest, self.session.length)
         if self.copies:
-            return self.engine.copy(state, batch | {"prompt_size": np.array(width)})
+            return self.engine.programs.copy(state, batch | {"prompt_size": np.array(width)})
         tokens_RP = np.full((self.engine.prefill_rows, width), self.engine.pad_id, np.int32)
         lengths_R = np.zeros(self.engine.prefill_rows, np.int32)
         for prompt, row in self.rows.items():
             tokens_RP[row, : len(prompt)] = prompt
             lengths_R[row] = len(prompt)
         batch |= {"tokens_RP": tokens_RP, "lengths_R": lengths_R}
-        return self.engine.admit(self.session.params, state, batch)
-
-
-def check(request: Request, length: int, vocab_size: int) -> None:
-    """ValueError where a request cannot be answered in `length` cache slots."""
-    prompt, new = len(request.prompt), request.max_new_tokens
-    if prompt == 0 or new < 1:
-        raise ValueError(f"prompt of {prompt} tokens, max_new_tokens={new}; both are at least 1")
-    if prompt + new > length:
-        raise ValueError(
-            f"prompt of {prompt} tokens and max_new_tokens={new} are beyond the {length} tokens "
-            "that a slot holds"
-        )
-    if not 0 <= request.top_logprobs <= MOST_TOP:
-        raise ValueError(f"top_logprobs={request.top_logprobs}; allowed: 0 to {MOST_TOP}")
-    if len(request.stop_ids) > MOST_STOPS:
-        raise ValueError(f"{len(request.stop_ids)} stop ids; allowed: at most {MOST_STOPS}")
-    if not all(0 <= i < vocab_size for i in request.prompt):
-        raise ValueError(f"the prompt holds an id that is not from 0 to {vocab_size - 1}")
+        return self.engine.programs.admit(self.session.params, state, batch)
 
 
 def _alternatives(out, slot: int, count: int, top: int) -> list[list[tuple[int, float]]]:

@@ -14,15 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-
-class Progress(Protocol):
-    """What one request got in one round, as the engine says it."""
-
-    request: int
-    ids: list[int]
-    logprobs: list[float]
-    top: list[list[tuple[int, float]]]
-    finish_reason: str | None
+from medreason_jax.generate.requests import Progress
 
 
 class Session(Protocol):

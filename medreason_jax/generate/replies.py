@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from medreason_jax.generate.engine_thread import Progress, PromptScores
+from medreason_jax.generate.engine_thread import PromptScores
+from medreason_jax.generate.requests import Progress
 from medreason_jax.generate.text_stream import TextStream, TokenTexts
 
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot come

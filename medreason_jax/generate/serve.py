@@ -17,9 +17,10 @@ import uvicorn
 
 from medreason_jax.config import MeshConfig
 from medreason_jax.generate.answering import Limits
-from medreason_jax.generate.engine import CHUNK, Request, Session, size_for
+from medreason_jax.generate.engine import CHUNK, Session, size_for
 from medreason_jax.generate.engine_thread import Driver
 from medreason_jax.generate.prompt_scores import PromptScorer
+from medreason_jax.generate.requests import Request
 from medreason_jax.generate.server import Service
 from medreason_jax.qwen2.load import Loaded, load_model
 

@@ -82,22 +82,6 @@ def xla_attention(q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.
     )
 
 
-def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B) -> jax.Array:
-    """One query a row, at slot lengths_B of the keys; it sees the slots up to its own.
-
-    Softmax in float32, context_BNH in the type of the values.
-    """
-    B, N, H = q_BNH.shape
-    K, S = k_BKSH.shape[1:3]
-    q_BKGH = q_BNH.reshape(B, K, N // K, H)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits_BKGS = product("bkgh,bksh->bkgs", q_BKGH, k_BKSH) * H**-0.5
-    seen_BS = jnp.arange(S) <= lengths_B[:, None]
-    p_BKGS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], logits_BKGS, -jnp.inf), axis=-1)
-    context_BKGH = jnp.einsum("bkgs,bksh->bkgh", p_BKGS.astype(v_BKSH.dtype), v_BKSH)
-    return context_BKGH.reshape(B, N, H)
-
-
 LANES = 128  # of a TPU's vector registers: splash takes times in multiples of it
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
-from medreason_jax.qwen2.attention import Kernel, Places, decode_attention
+from medreason_jax.qwen2.attention import Kernel, Places
+from medreason_jax.qwen2.decode_attention import DecodeKernel
 from medreason_jax.qwen2.heads import Score, ScoreHead
 from medreason_jax.qwen2.lora import Lora, Target
 from medreason_jax.qwen2.rope import rope_frequencies
@@ -219,7 +220,15 @@ class Qwen2(nnx.Module):
             kept.append(own)
         return self.norm(x_BTD), Cache(tuple(c.k for c in kept), tuple(c.v for c in kept))
 
-    def decode(self, tokens_B, lengths_B, cache: Cache, compute: Compute, layers=None):
+    def decode(
+        self,
+        tokens_B,
+        lengths_B,
+        cache: Cache,
+        kernel: DecodeKernel,
+        compute: Compute,
+        layers=None,
+    ):
         """hidden_BD of one more token a row, written at slot lengths_B, and the cache with it.
 
         `layers` are the parameters of each layer, which are then unrolled; without them the
@@ -234,10 +243,8 @@ class Qwen2(nnx.Module):
                     write_slot(cache.k, k_B1KH[:, 0], lengths_B, index),
                     write_slot(cache.v, v_B1KH[:, 0], lengths_B, index),
                 )
-                k_BKSH, v_BKSH = (
-                    x if index is None else x[index] for x in (written.k, written.v)
-                )
-                context_BNH = decode_attention(q_B1NH[:, 0], k_BKSH, v_BKSH, lengths_B)
+                k_BKSH, v_BKSH = (x if index is None else x[index] for x in (written.k, written.v))
+                context_BNH = kernel(q_B1NH[:, 0], k_BKSH, v_BKSH, lengths_B)
                 return context_BNH[:, None], written
 
             module = nnx.merge(definition, layer)
@@ -321,9 +328,9 @@ class Network:
         model, layers = self._merge(params)
         return model.prefill(tokens_BT, lengths_B, self.compute, layers)
 
-    def decode(self, params: Params, tokens_B, lengths_B, cache: Cache):
+    def decode(self, params: Params, tokens_B, lengths_B, cache: Cache, kernel: DecodeKernel):
         model, layers = self._merge(params)
-        return model.decode(tokens_B, lengths_B, cache, self.compute, layers)
+        return model.decode(tokens_B, lengths_B, cache, kernel, self.compute, layers)
 
     def _merge(self, params: Params):
         """The model; of unstacked parameters one layer stands for all, which come beside it."""

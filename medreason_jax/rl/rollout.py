@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medreason_jax.generate.engine import Completion
+from medreason_jax.generate.requests import Completion
 from medreason_jax.qwen2.heads import score
 from medreason_jax.qwen2.model import Params
 from medreason_jax.rl.advantage import gae, token_rewards, whiten

@@ -18,8 +18,8 @@ import openai
 
 from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.generate.answering import Limits
-from medreason_jax.generate.engine import Progress, Request
 from medreason_jax.generate.engine_thread import Driver, PromptScores, PromptText
+from medreason_jax.generate.requests import Progress, Request
 from medreason_jax.generate.serve import base_url, bind, run
 from medreason_jax.generate.server import Service
 

@@ -8,7 +8,7 @@ import pytest
 
 from medreason_jax.cli import exit_code_of, run_arguments
 from medreason_jax.generate.chat_client import Chat, converse, served_model
-from medreason_jax.generate.engine import Request
+from medreason_jax.generate.requests import Request
 from tests.generate.fake_engine import LENGTH, MODEL, FakeSession, answer_ids, fake_service, running
 
 

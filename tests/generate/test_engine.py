@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medreason_jax.generate.engine import Completion, Engine, Request, Session, size_for
+from medreason_jax.generate.engine import Engine, Session, size_for
+from medreason_jax.generate.programs import Programs
+from medreason_jax.generate.requests import Completion, Request
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.rl.rollout import rollout_rows
 from tests.tiny import tiny_model
@@ -28,7 +30,7 @@ def engine():
 
 
 def prompts(count: int, seed=0, least=17, most=23) -> list[list[int]]:
-    """Of one size, as is the cache that they and 20 more tokens need (24 and 48)."""
+    """Of one size, as is the cache that they and 20 more tokens need (32 and 48)."""
     random = np.random.default_rng(seed)
     return [random.integers(3, 320, random.integers(least, most)).tolist() for _ in range(count)]
 
@@ -59,8 +61,8 @@ def requests(count: int, temperature=1.0, new=20) -> list[Request]:
 
 
 def test_sizes_grow_by_a_third_or_a_half():
-    assert [size_for(n) for n in (1, 16, 17, 25, 33, 49, 65, 100, 1300)] == [
-        *(16, 16, 24, 32, 48, 64, 96, 128, 1536)
+    assert [size_for(n) for n in (1, 16, 17, 33, 49, 65, 100, 1300)] == [
+        *(16, 16, 32, 48, 64, 96, 128, 1536)
     ]
 
 
@@ -119,7 +121,7 @@ def test_a_stop_id_of_one_request_ends_it_alone(engine):
 
 def test_the_likeliest_tokens_come_with_their_log_probs(engine):
     engine, params = engine
-    network = engine.network
+    network = engine.programs.network
     (prompt,) = prompts(1)
     session = engine.session(params, 48)
     session.submit(Request(prompt, 6, top_logprobs=3))
@@ -141,11 +143,11 @@ def test_samples_of_one_prompt_share_its_prefill(engine, monkeypatch):
     engine, params = engine
     (prompt,) = prompts(1)
     rows: list[int] = []
-    admit = Engine.admit
+    admit = Programs.admit
     counted = lambda self, p, s, batch: (  # noqa: E731
         rows.append(int((batch["lengths_R"] > 0).sum())) or admit(self, p, s, batch)
     )
-    monkeypatch.setattr(Engine, "admit", counted)
+    monkeypatch.setattr(Programs, "admit", counted)
     asked = [Request(prompt, (10, 26)[n % 2], 1.0, seed=3, number=n) for n in range(7)]
     done = answer(engine, params, asked)
     assert rows == [1]  # the later three take it from a slot that still holds it
@@ -159,10 +161,10 @@ def test_nothing_is_compiled_once_every_size_was_met(engine, caplog):
     sampling = Sampling(1.0, 0, 1.0, 20)
     first = engine.generate(params, prompts(9), sampling, seed=1)
     before = engine.compiled
-    with caplog.at_level(logging.INFO, "medreason_jax.generate.engine"):
+    with caplog.at_level(logging.INFO, "medreason_jax.generate.programs"):
         again = engine.generate(params, prompts(9), sampling, seed=1)
     assert engine.compiled == before and not caplog.records and again == first
-    assert all(program._cache_size() == 1 for program in engine._programs.values())
+    assert all(program._cache_size() == 1 for program in engine.programs._compiled.values())
 
 
 def test_a_cancelled_request_makes_room_and_changes_no_other(engine):

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from medreason_jax.generate.engine import Request
+from medreason_jax.generate.requests import Request
 from medreason_jax.generate.text_stream import TokenTexts
 from tests.generate.fake_engine import (
     BODY,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medreason_jax.generate.engine import Request
+from medreason_jax.generate.requests import Request
 from medreason_jax.generate.serve import make_service
 from medreason_jax.generate.text_stream import TokenTexts
 from medreason_jax.qwen2.folder import Description

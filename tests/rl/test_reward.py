@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medreason_jax.generate.engine import Completion
+from medreason_jax.generate.requests import Completion
 from medreason_jax.mesh import make_sharder
 from medreason_jax.qwen2.heads import ScoreHead, init_score
 from medreason_jax.rl.reward import Judged, Rewards, judge_response
