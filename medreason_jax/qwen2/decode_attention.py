@@ -72,7 +72,7 @@ def pallas_decode(q_BNH, k_BKSH, v_BKSH, lengths_B, interpret: bool = False) -> 
     """jax's flash decoding for GPUs: the slots of a row in blocks, side by side."""
     S = k_BKSH.shape[2]
     block = largest_power(S, 128)
-    return gqa(
+    context_BNH = gqa(
         q_BNH,
         k_BKSH.swapaxes(1, 2),  # gqa swaps them back
         v_BKSH.swapaxes(1, 2),
@@ -81,6 +81,7 @@ def pallas_decode(q_BNH, k_BKSH, v_BKSH, lengths_B, interpret: bool = False) -> 
         k_splits=S // block,
         interpret=interpret,
     )
+    return context_BNH.astype(v_BKSH.dtype)
 
 
 def paged_decode(q_BNH, k_BKSH, v_BKSH, lengths_B) -> jax.Array:

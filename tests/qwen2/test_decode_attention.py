@@ -67,6 +67,14 @@ def test_kernels_take_every_size_of_cache(S):
         np.testing.assert_allclose(paged_decode(q, k, v, lengths_B), wanted, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_context_has_the_type_of_the_values(dtype):
+    *qkv, lengths_B = draw_inputs(2, 4, 2, 32, 32)
+    inputs = *(x.astype(dtype) for x in qkv), lengths_B
+    kernels = XLA_DECODE, PALLAS, DecodeKernel("paged", paged_decode)
+    assert {jax.eval_shape(kernel, *inputs).dtype for kernel in kernels} == {jnp.dtype(dtype)}
+
+
 @pytest.mark.parametrize(
     ("mesh_shape", "heads", "kv_heads"),
     [((2, 2, 2), 4, 2), ((1, 2, 4), 8, 2), ((1, 2, 4), 12, 3)],
