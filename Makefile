@@ -7,11 +7,12 @@ STAMP := .venv/.installed
 PYTEST := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu NPROC=32 \
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help venv demo demo-short test test-slow test-kill test-aot lint format lock clean
+.PHONY: help venv demo demo-controls demo-short test test-slow test-kill test-aot lint format lock clean
 
 help:
 	@echo "make venv        install everything into .venv (CPU)"
 	@echo "make demo        the whole recipe on the built-in formulary, on this machine's CPU"
+	@echo "make demo-controls  the demo, then what its stages are compared with"
 	@echo "make demo-short  the same recipe in a few steps"
 	@echo "make test        tests; test-slow, test-kill and test-aot run the ones left out of it"
 	@echo "make lint        ruff and pyright; format rewrites"
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml setup.py requirements.lock
 
 demo: venv
 	$(BIN)/medreason run configs/recipes/formulary.yaml
+
+demo-controls: venv
+	$(BIN)/medreason run configs/recipes/formulary.yaml --controls
 
 demo-short: venv
 	$(BIN)/medreason run configs/recipes/formulary_short.yaml

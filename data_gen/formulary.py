@@ -7,6 +7,7 @@ the same seed gives the same bytes.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -544,3 +545,9 @@ def write_formulary(settings: FormularySettings, folder: Path | str) -> dict[str
 def _fact_record(drug: Drug) -> dict[str, Any]:
     facts = drug.model_dump(exclude={"name", "taught"})
     return {"drug": drug.name, "taught": drug.taught, **facts}
+
+
+def read_facts(path: Path) -> list[Drug]:
+    """The drugs of a written problem set, from its facts.jsonl."""
+    facts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Drug.model_validate({"name": each.pop("drug"), **each}) for each in facts]

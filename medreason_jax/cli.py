@@ -23,7 +23,14 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
 @app.command()
-def run(recipe: Config, set_: Set = None, json_: Json = False) -> None:
+def run(
+    recipe: Config,
+    set_: Set = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="also the stages for comparison only")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """Every stage of a recipe, in order; run it again to go on.
 
     Example: medreason run configs/recipes/formulary.yaml --set seed=1
@@ -33,7 +40,7 @@ def run(recipe: Config, set_: Set = None, json_: Json = False) -> None:
     from medreason_jax.report.table import stage_table
 
     config = validate(RecipeConfig, load_yaml(recipe, set_ or []), str(recipe))
-    summary = run_recipe(config)
+    summary = run_recipe(config, controls)
     if json_:
         print(json.dumps(summary))
         return

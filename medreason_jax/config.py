@@ -134,6 +134,16 @@ class ProfileConfig(Strict):
     steps: Positive = 3
 
 
+class DevConfig(Strict):
+    """Problems whose explained answers are judged every so many steps: the first of a part."""
+
+    problems: Path
+    part: str | None = None
+    every: Positive = 100
+    count: Positive = 64
+    max_new_tokens: Positive = 1024
+
+
 class RunConfig(Strict):
     """What all training stages share."""
 
@@ -154,6 +164,7 @@ class RunConfig(Strict):
     keep_states: bool = False  # of a finished stage, its last one too: to compare or to go on from
     accept_changes: list[str] = []  # fields that may differ from the run's so far; "data" too
     profile: ProfileConfig | None = None
+    dev: DevConfig | None = None
     optimizer: OptimizerConfig
     lora: LoraConfig | None = None
 
@@ -258,7 +269,7 @@ class PPOConfig(RunConfig):
 
 
 class EvaluateConfig(Strict):
-    """Accuracy on problems, answer only and with explanation."""
+    """Accuracy on problems: answer only, with explanation, and with an explanation sampled."""
 
     model: Path
     problems: Path
@@ -271,8 +282,9 @@ class EvaluateConfig(Strict):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
+    sampled_temperature: Annotated[float, Field(gt=0)] = 1.0
     seed: Seed = 0
-    forms: list[Literal["answer_only", "explain"]] = ["answer_only", "explain"]
+    forms: list[Literal["answer_only", "explain", "sampled"]] = ["answer_only", "explain"]
 
 
 class ModelSizes(Strict):
@@ -387,13 +399,45 @@ class StageConfig(Strict):
 
 
 class RecipeEvaluation(Strict):
-    """Settings of the evaluations after each stage; `part` is the headline of the table."""
+    """Settings of the evaluations after each stage; `part` is the headline of the table.
+
+    With `sampled` explanations are also drawn at temperature 1, as PPO draws them. On `gap_parts`
+    together the explanation gap is measured: accuracy without minus accuracy with explanation.
+    """
 
     part: str
     split: Literal["test", "dev"] = "test"
     slots: Positive = 256
     max_new_tokens: Positive = 1024
     answer_only_tokens: Positive = 64
+    sampled: bool = False
+    gap_parts: list[str] = []
+
+
+class ControlConfig(StageConfig):
+    """A stage for comparison only, run after all others by `medreason run --controls`.
+
+    `pairs_of` gives it another stage's preference pairs; with `seconds_of` it has as many steps, at
+    the pace of the stage that it starts from, as fill the seconds of that other stage.
+    """
+
+    against: str  # the stage that it is compared with
+    pairs_of: str | None = None
+    seconds_of: str | None = None
+
+    @model_validator(mode="after")
+    def _fitting_control(self):
+        if self.start is None:
+            raise ValueError(f"control {self.name!r}: give start, the stage that it starts from")
+        if (self.pairs_of is not None) != (self.kind == "prefer") or self.kind == "ppo":
+            raise ValueError(
+                f"control {self.name!r} is kind {self.kind}; allowed: cpt, sft, and prefer with "
+                "pairs_of"
+            )
+        given = {"steps", "epochs"} & set(self.settings)
+        if self.seconds_of is not None and given:
+            raise ValueError(f"control {self.name!r}: seconds_of sets the steps; remove {given}")
+        return self
 
 
 class RecipeConfig(Strict):
@@ -409,6 +453,7 @@ class RecipeConfig(Strict):
     question_bank: QuestionBankConfig | None = None
     data_gen: dict[str, Any]
     stages: Annotated[list[StageConfig], Field(min_length=1)]
+    controls: list[ControlConfig] = []
     evaluation: RecipeEvaluation
 
     @model_validator(mode="after")
@@ -444,6 +489,18 @@ class RecipeConfig(Strict):
                     f"allowed: {seen}"
                 )
             seen.append(stage.name)
+        for control in self.controls:
+            others = {"start": seen, "against": seen[1:]}
+            others |= {"pairs_of": [None, *seen[1:]], "seconds_of": [None, *seen[1:]]}
+            for field, allowed in others.items():
+                if getattr(control, field) not in allowed:
+                    raise ValueError(
+                        f"controls.{control.name}.{field}={getattr(control, field)!r} is no stage; "
+                        f"allowed: {allowed}"
+                    )
+        names = [stage.name for stage in [*self.stages, *self.controls]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"controls: a name is used twice among {names}")
         return self
 
 
@@ -558,7 +615,16 @@ def save_yaml(config: BaseModel, path: Path) -> None:
 # Where and how fast a run goes may change between its attempts; what it computes may not.
 FREE = {
     *("folder", "mesh", "attention", "remat", "unroll", "head_chunk", "checkpoint_every"),
-    *("keep_last", "keep_every", "keep_states", "accept_changes", "profile", "samples", "slots"),
+    *(
+        "keep_last",
+        "keep_every",
+        "keep_states",
+        "accept_changes",
+        "profile",
+        "samples",
+        "dev",
+        "slots",
+    ),
 }
 
 

@@ -22,6 +22,7 @@ import yaml
 
 from medreason_jax.config import (
     CandidatesConfig,
+    ControlConfig,
     EvaluateConfig,
     PPOConfig,
     RecipeConfig,
@@ -34,12 +35,7 @@ from medreason_jax.config import (
 from medreason_jax.data.chat import TOKENIZER_FILES, ChatTokenizer
 from medreason_jax.data.sources import question_text, read_lines, read_problems, write_lines
 from medreason_jax.data.tokenizer_training import train_tokenizer
-from medreason_jax.evaluate.runner import (
-    PREFIX,
-    evaluate,
-    part_of,
-    prediction,
-)
+from medreason_jax.evaluate.runner import ask, evaluate, part_of
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.manifest import read_manifest, write_json
 from medreason_jax.mesh import check_rows, make_mesh, start_processes
@@ -51,13 +47,17 @@ from medreason_jax.qwen2.load import load_model
 from medreason_jax.qwen2.model import init_params
 from medreason_jax.qwen2.sizes import read_config_file, read_sizes
 from medreason_jax.report import write_report
+from medreason_jax.results import evaluation_folder, summarise
 from medreason_jax.rl.loop import ppo_stage
 from medreason_jax.train.run import progress_bar
 from medreason_jax.train.stage import train_stage
 
 
-def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
-    """Run (or go on with) every stage of a recipe; returns the summary that is also on disk."""
+def run_recipe(recipe: RecipeConfig, controls: bool = False) -> dict[str, Any]:
+    """Run (or go on with) every stage of a recipe; returns the summary that is also on disk.
+
+    With `controls` also the stages that are there for comparison only.
+    """
     root = recipe.runs / recipe.name
     configs = {stage.name: stage_config(recipe, stage, root) for stage in recipe.stages}
     check_inputs(recipe, list(configs.values()))
@@ -71,6 +71,9 @@ def run_recipe(recipe: RecipeConfig) -> dict[str, Any]:
             run_stage(recipe, stage, root, configs[stage.name])
             evaluate_stage(recipe, stage, root)
         export_stage(recipe, root, recipe.stages[-1].name)
+        for control in recipe.controls if controls else []:
+            run_stage(recipe, control, root, stage_config(recipe, control, root))
+            evaluate_stage(recipe, control, root)
         summary = summarise(recipe, root)
         write_json(root / "summary.json", summary)
         write_report(root)
@@ -345,9 +348,13 @@ def stage_config(recipe: RecipeConfig, stage: StageConfig, root: Path) -> TrainC
         "dtype": recipe.dtype,
         "mesh": recipe.mesh,
     }
-    where = f"stages.{stage.name}.settings"
+    control = stage if isinstance(stage, ControlConfig) else None
+    where = f"{'stages' if control is None else 'controls'}.{stage.name}.settings"
+    settings = with_dev_problems(recipe, stage.settings)
+    if control is not None and control.seconds_of is not None:
+        settings = {**settings, "steps": steps_that_fill(root, control)}
     if stage.kind == "ppo":
-        return validate(PPOConfig, {**shared, "problems": files["rl"], **stage.settings}, where)
+        return validate(PPOConfig, {**shared, "problems": files["rl"], **settings}, where)
     if stage.kind == "cpt":
         sources = [{"path": files["corpus"], "kind": "text"}]
     elif stage.kind == "sft":
@@ -355,10 +362,42 @@ def stage_config(recipe: RecipeConfig, stage: StageConfig, root: Path) -> TrainC
         if stage.replay > 0:
             sources.append({"path": files["corpus"], "kind": "text", "weight": stage.replay})
     else:
-        own = root / stage.name / "pairs.jsonl"
-        pairs = files["pairs"] if stage.candidates is None else own
-        sources = [{"path": pairs, "kind": "preference"}]
-    return validate(TrainConfig, {**shared, "sources": sources, **stage.settings}, where)
+        sources = [{"path": pairs_file(recipe, stage, root), "kind": "preference"}]
+    return validate(TrainConfig, {**shared, "sources": sources, **settings}, where)
+
+
+def pairs_file(recipe: RecipeConfig, stage: StageConfig, root: Path) -> Path:
+    """The preference pairs that a stage trains on."""
+    if isinstance(stage, ControlConfig):
+        (stage,) = (each for each in recipe.stages if each.name == stage.pairs_of)
+    if stage.candidates is None:
+        return data_files(recipe)["pairs"]
+    return root / stage.name / "pairs.jsonl"
+
+
+def with_dev_problems(recipe: RecipeConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose `dev`, where there is one, asks this run's dev problems of the headline."""
+    if "dev" not in settings:
+        return settings
+    evaluation = recipe.evaluation
+    own = {
+        "problems": data_files(recipe)["dev"],
+        "part": evaluation.part,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+    return {**settings, "dev": {**own, **settings["dev"]}}
+
+
+def steps_that_fill(root: Path, control: ControlConfig) -> int:
+    """As many as another stage's seconds have room for; those it was begun with, once it was."""
+    begun = root / control.name / "config.yaml"
+    if begun.is_file():
+        return yaml.safe_load(begun.read_text(encoding="utf-8"))["steps"]
+    assert control.seconds_of is not None and control.start is not None
+    filled, before = (read_manifest(root / name) for name in (control.seconds_of, control.start))
+    assert filled is not None and before is not None
+    seconds_a_step = before["seconds"] * before["goodput"] / before["steps"]
+    return max(round(filled["seconds"] / seconds_a_step), 1)
 
 
 def run_stage(
@@ -405,25 +444,20 @@ def sample_candidates(
     chosen = read_problems(data_files(recipe)["rl"])[: settings.problems] * settings.samples
     sampling = Sampling(settings.temperature, 0, 1.0, settings.max_new_tokens)
     engine = model.engine(recipe.evaluation.slots)
-    bar = progress_bar(f"{out.parent.name} samples", len(PREFIX) * len(chosen), 0)
+    bar = progress_bar(f"{out.parent.name} samples", 2 * len(chosen), 0)
     records = []
-    for form, prefix in PREFIX.items():
-        prompts = [
-            model.tokenizer.prompt([{"role": "user", "content": question_text(p)}], prefix)
-            for p in chosen
+    for form in ("answer_only", "explain"):
+        seed, more = recipe.seed, bar.update
+        judged = ask(engine, model.params, model.tokenizer, chosen, form, sampling, seed, more)
+        records += [
+            {
+                "problem_id": prediction["id"],
+                "explain": form == "explain",
+                "text": prediction["text"],
+                "correct": CORRECT[prediction["outcome"]],
+            }
+            for prediction in judged
         ]
-        done = engine.generate(model.params, prompts, sampling, recipe.seed, bar.update)
-        for problem, completion in zip(chosen, done, strict=True):
-            text = prefix + model.tokenizer.decode(completion.ids)
-            judged = prediction(problem, form, text, completion.finish_reason)
-            records.append(
-                {
-                    "problem_id": problem["id"],
-                    "explain": form == "explain",
-                    "text": text,
-                    "correct": CORRECT[judged["outcome"]],
-                }
-            )
     bar.close()
     write_lines(out, records)
 
@@ -433,13 +467,14 @@ def evaluate_stage(recipe: RecipeConfig, stage: StageConfig, root: Path) -> dict
     config = EvaluateConfig(
         model=root / stage.name,
         problems=data_files(recipe)[settings.split],
-        folder=root / stage.name / f"eval-{settings.split}",
+        folder=evaluation_folder(recipe, stage, root),
         dtype=recipe.dtype,
         mesh=recipe.mesh,
         slots=settings.slots,
         max_new_tokens=settings.max_new_tokens,
         answer_only_tokens=settings.answer_only_tokens,
         seed=recipe.seed,
+        forms=["answer_only", "explain", *(["sampled"] if settings.sampled else [])],
     )
     return evaluate(config)
 
@@ -483,47 +518,3 @@ def card_note(recipe: RecipeConfig) -> str:
     if recipe.not_for_reporting:
         text += " **Not for reporting**: its problems come from a benchmark's test file."
     return text
-
-
-def summarise(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
-    """The table: a row a stage, headline from the recipe's part, all parts beside it."""
-    data, exported = read_manifest(root / "data"), read_manifest(root / "export")
-    assert data is not None and exported is not None
-    rows = [empty_row("data", data["seconds"])]
-    for stage in recipe.stages:
-        manifest = read_manifest(root / stage.name)
-        scores = read_manifest(root / stage.name / f"eval-{recipe.evaluation.split}")
-        assert manifest is not None and scores is not None
-        parts = {part: part_scores(forms) for part, forms in scores["parts"].items()}
-        sampling = Clock(root / stage.name / "candidates.seconds.json").total
-        row = {"name": stage.name, "seconds": round(manifest["seconds"] + sampling, 1)}
-        row |= {**parts[recipe.evaluation.part], "parts": parts}
-        rows.append({**row, "evaluation_seconds": scores["seconds"]})
-    rows.append(empty_row("export", exported["seconds"]))
-    return {
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "not_for_reporting": recipe.not_for_reporting,
-        "split": recipe.evaluation.split,
-        "part": recipe.evaluation.part,
-        "stages": rows,
-        "export": exported["model"],
-        "parity": exported["parity"],
-        "report": str(root / "report" / "index.html"),
-    }
-
-
-def empty_row(name: str, seconds: float) -> dict[str, Any]:
-    nothing = dict.fromkeys(("accuracy", "accuracy_explain", "ci95", "ci95_explain"))
-    return {"name": name, "seconds": seconds, **nothing, "n": 0, "parts": {}}
-
-
-def part_scores(forms: dict[str, Any]) -> dict[str, Any]:
-    plain, explained = forms["answer_only"], forms["explain"]
-    return {
-        "n": plain["n"],
-        "accuracy": plain["accuracy"],
-        "accuracy_explain": explained["accuracy"],
-        "ci95": plain["ci95"],
-        "ci95_explain": explained["ci95"],
-    }

@@ -71,17 +71,25 @@ def first_largest(scores_BV) -> jax.Array:
 def keep_likely(z_BV, top_k_B, top_p_B):
     """-inf outside the top-k tokens, then outside the smallest set of share top_p among those.
 
-    No sort: the least kept logit is found bit by bit, in 32 passes over the vocabulary. Tokens that
-    tie with it are kept too. 0 and 1 are off.
+    No sort: the least kept logit is found bit by bit, in 32 passes over the vocabulary for each of
+    the two that any row asks for. Tokens that tie with it are kept too. 0 and 1 are off.
     """
     order_BV = _order(z_BV)
-    wanted_B = jnp.where(top_k_B > 0, top_k_B, z_BV.shape[1])
-    counts = jnp.ones_like(z_BV)
-    least_B = _largest_threshold(order_BV, counts, wanted_B.astype(jnp.float32))
-    p_BV = jnp.where(order_BV >= least_B[:, None], jax.nn.softmax(z_BV, axis=-1), 0.0)
-    share_B = jnp.where(top_p_B < 1.0, top_p_B * jnp.sum(p_BV, axis=-1), 0.0)
-    likely_B = _largest_threshold(order_BV, p_BV, share_B)
-    likely_B = jnp.where(top_p_B < 1.0, likely_B, jnp.uint32(0))
+    nothing_B = jnp.zeros(z_BV.shape[0], jnp.uint32)
+
+    def by_count() -> jax.Array:
+        wanted_B = jnp.where(top_k_B > 0, top_k_B, z_BV.shape[1]).astype(jnp.float32)
+        return _largest_threshold(order_BV, jnp.ones_like(z_BV), wanted_B)
+
+    least_B = jax.lax.cond(jnp.any(top_k_B > 0), by_count, lambda: nothing_B)
+
+    def by_share() -> jax.Array:
+        p_BV = jnp.where(order_BV >= least_B[:, None], jax.nn.softmax(z_BV, axis=-1), 0.0)
+        share_B = jnp.where(top_p_B < 1.0, top_p_B * jnp.sum(p_BV, axis=-1), 0.0)
+        likely_B = _largest_threshold(order_BV, p_BV, share_B)
+        return jnp.where(top_p_B < 1.0, likely_B, nothing_B)
+
+    likely_B = jax.lax.cond(jnp.any(top_p_B < 1.0), by_share, lambda: nothing_B)
     return jnp.where(order_BV >= jnp.maximum(least_B, likely_B)[:, None], z_BV, -jnp.inf)
 
 

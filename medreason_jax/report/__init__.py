@@ -17,11 +17,12 @@ from pathlib import Path
 import jinja2
 
 from medreason_jax.report.acceptance import find_tiles, tabulate_counts
-from medreason_jax.report.figures import PANELS, draw_accuracies, draw_panel
+from medreason_jax.report.figures import PANELS, draw_accuracies, draw_facts, draw_panel
 from medreason_jax.report.jsonl import read_rows
-from medreason_jax.report.samples import collect_samples, read_predictions
+from medreason_jax.report.samples import FORMS, collect_samples, read_predictions
 from medreason_jax.report.summary import (
     format_interval,
+    format_points,
     format_questions,
     format_seconds,
     format_share,
@@ -57,6 +58,7 @@ def render_report(run_dir: Path) -> str:
     environment.filters |= {
         "share": format_share,
         "interval": format_interval,
+        "points": format_points,
         "seconds": format_seconds,
         "questions": format_questions,
     }
@@ -64,6 +66,8 @@ def render_report(run_dir: Path) -> str:
         summary=summary,
         parts=list(dict.fromkeys(part for stage in summary.stages for part in stage.parts)),
         accuracies=draw_accuracies(summary.stages),
+        facts=draw_facts(summary.facts_recited),
+        forms=FORMS,
         curves={name: drawn for name, drawn in curves.items() if drawn},
         tiles=list(find_tiles(counts)),
         tables=tabulate_counts(counts),

@@ -186,3 +186,29 @@ def draw_accuracies(stages: Sequence[Stage]) -> str | None:
         axes.grid(visible=False, axis="y")
         axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         return render(figure, "accuracies")
+
+
+def draw_facts(recited: dict[str, dict[str, float]]) -> str | None:
+    """SVG: the share of facts that each stage's explanations recite right, a bar a part."""
+    if not recited:
+        return None
+    parts = list(dict.fromkeys(part for shares in recited.values() for part in shares))
+    height = 0.8 / max(len(parts), 1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.9 + 0.6 * len(recited)))
+        axes = figure.add_subplot()
+        for number, (colour, part) in enumerate(zip(SERIES, parts, strict=False)):
+            rows = [(y, s[part]) for y, s in enumerate(recited.values()) if part in s]
+            shift = (number + 0.5) * height - 0.4
+            places, shares = [y + shift for y, _ in rows], [share for _, share in rows]
+            axes.barh(places, shares, height * 0.9, color=colour, label=part.replace("_", " "))
+            for y, share in zip(places, shares, strict=True):
+                axes.text(share + 0.01, y, f"{100 * share:.0f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(recited)), list(recited))
+        axes.set_ylim(len(recited) - 0.5, -0.5)
+        axes.set_xlim(0, 1.08)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
+        axes.set_xlabel("facts recited right (%)")
+        axes.grid(visible=False, axis="y")
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        return render(figure, "facts recited")

@@ -10,7 +10,11 @@ from pydantic import BaseModel, ConfigDict
 
 from medreason_jax.report.jsonl import read_rows
 
-FORMS = {"answer_only": "answer only", "explain": "explain, then answer"}
+FORMS = {
+    "answer_only": "answer only",
+    "explain": "explain, then answer",
+    "sampled": "explain, sampled",
+}
 
 
 class Prediction(BaseModel):
@@ -20,7 +24,7 @@ class Prediction(BaseModel):
 
     id: str
     part: str
-    form: Literal["answer_only", "explain"]
+    form: Literal["answer_only", "explain", "sampled"]
     question: str
     text: str
     answer: str
@@ -73,7 +77,7 @@ def collect_samples(by_stage: dict[str, list[Prediction]], count: int = 10) -> l
             answer=question.answer,
             replies=[
                 Reply(stage, FORMS[p.form], p.text, p.outcome, p.reason)
-                for form in FORMS
+                for form in ("answer_only", "explain")
                 for stage, predictions in evaluated.items()
                 for p in predictions
                 if p.id == question.id and p.form == form

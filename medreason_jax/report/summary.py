@@ -20,6 +20,7 @@ class Scores(BaseModel):
     n: int | None = None
     accuracy: float | None = None
     accuracy_explain: float | None = None
+    accuracy_sampled: float | None = None  # explanations drawn at temperature 1
     ci95: Interval | None = None
     ci95_explain: Interval | None = None
 
@@ -32,6 +33,33 @@ class Stage(Scores):
     name: str
     seconds: float | None = None
     parts: dict[str, Scores] = {}
+    control: bool = False  # run for comparison only
+
+
+class Difference(BaseModel):
+    """Of accuracies on the same n problems, with its paired bootstrap interval."""
+
+    model_config = ConfigDict(extra="allow")
+
+    n: int
+    difference: float | None
+    ci95: Interval | None
+
+
+class Comparison(Difference):
+    """The accuracy of `stage` minus that of `against`."""
+
+    stage: str
+    against: str
+    part: str
+    form: str
+
+
+class Gap(Difference):
+    """Accuracy without explanation minus accuracy with it; `change` since the stage before."""
+
+    stage: str
+    change: Difference | None = None
 
 
 class Summary(BaseModel):
@@ -43,6 +71,9 @@ class Summary(BaseModel):
     split: str | None = None  # the evaluated problems
     part: str | None = None  # the part of them that the headline is of
     stages: list[Stage]
+    comparisons: list[Comparison] = []
+    gaps: list[Gap] = []
+    facts_recited: dict[str, dict[str, float]] = {}  # by stage, by part: share of the facts
     export: str | None = None
     report: str | None = None
 
@@ -74,6 +105,13 @@ def format_share(share: float | None) -> str:
 
 def format_interval(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def format_points(difference: Difference | None) -> str:
+    """`+3.2 (1.1 to 5.4)`, in points of a percent."""
+    if difference is None or difference.difference is None:
+        return "–"
+    return f"{100 * difference.difference:+.1f} ({format_interval(difference.ci95)})"
 
 
 def format_seconds(seconds: float | None) -> str:

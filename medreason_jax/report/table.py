@@ -31,13 +31,14 @@ def stage_table(summary: Summary | Mapping[str, object], width: int = 100) -> st
         title.append(f"accuracy on {summary.part!r}")
     table = Table(box=box.SIMPLE_HEAD, title=", ".join(title), title_justify="left")
     table.add_column("stage")
-    for heading in ("answer only", "explain, then answer", "n", "time"):
+    for heading in ("answer only", "explain, then answer", "sampled", "n", "time"):
         table.add_column(heading, justify="right")
     for stage in summary.stages:
         table.add_row(
-            stage.name,
+            f"{stage.name} (control)" if stage.control else stage.name,
             format_score(stage.accuracy, stage.ci95),
             format_score(stage.accuracy_explain, stage.ci95_explain),
+            format_share(stage.accuracy_sampled),
             format_questions(stage),
             format_seconds(stage.seconds),
         )

@@ -24,6 +24,7 @@ from medreason_jax.metrics import truncate_after
 from medreason_jax.qwen2.heads import ScoreHead, init_score
 from medreason_jax.rl.reward import Judged, Rewards, judge_response
 from medreason_jax.rl.rollout import leave_out, make_rollout_scorer, rollout_rows
+from medreason_jax.train.dev_accuracy import make_dev_accuracy
 from medreason_jax.train.objectives import proximal_policy
 from medreason_jax.train.optimizer import Rate
 from medreason_jax.train.program import lora_of, make_policy, optimizer_of, place_split
@@ -53,6 +54,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     key = jax.random.key(config.seed)
     policy = make_policy(model.network, model.sharder, lora, config.head_chunk, config.temperature)
     engine = model.replace(network=policy.scorer.network).engine(config.rollouts)
+    dev = make_dev_accuracy(config, model, policy)
     sampling = Sampling(config.temperature, 0, 1.0, config.max_new_tokens)
     rewards = Rewards(config.reward_true, config.reward_false, config.reward_unformatted)
 
@@ -112,6 +114,8 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         run.halt_if_broken(values, iteration)
         del values["halted"]
         run.write(iteration, values, {})
+        if dev is not None and (dev.is_due(iteration) or iteration == config.iterations):
+            run.write(iteration, dev.measure(state.params["policy"], frozen), {})
         bar.set_postfix_str(f"reward {values['reward']:.3f} kl {values['kl']:.3f}", refresh=False)
         bar.update(1)
         stop = run.stop_agreed(iteration)

@@ -10,6 +10,7 @@ from medreason_jax.data.dataset import Batches
 from medreason_jax.data.schedule import Schedule, extend_schedule
 from medreason_jax.manifest import read_manifest
 from medreason_jax.mesh import check_rows, gather_to_host, start_processes
+from medreason_jax.train.dev_accuracy import make_dev_accuracy
 from medreason_jax.train.held_out import make_held_out
 from medreason_jax.train.program import lora_of, make_program, place_split
 from medreason_jax.train.run import (
@@ -42,6 +43,7 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
     program = make_program(config, model.network, model.sharder, steps)
     held_out = make_held_out(config, model, program.policy)
     samples = make_samples(config, model, program.policy)
+    dev = make_dev_accuracy(config, model, program.policy)
     trainable, frozen = place_split(
         model.params,
         model.network,
@@ -96,7 +98,8 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
         # what is saved is measured too, so that the best by it can be kept
         measuring = held_out is not None and (held_out.is_due(unit) or due or last)
         sampling = samples is not None and (samples.is_due(unit) or last)
-        if saving or measuring or sampling or last:
+        judging = dev is not None and (dev.is_due(unit) or last)
+        if saving or measuring or sampling or judging or last:
             report(*pending)  # a state is saved only after its step was found good
             pending = None
         trace.after(unit)
@@ -108,6 +111,9 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
         if sampling:
             with speed.apart("samples"):
                 samples.write(unit, state.params, frozen)
+        if judging:
+            with speed.apart("dev"):
+                run.write(unit, dev.measure(state.params, frozen), {})
         if saving:
             with speed.apart("save"):
                 run.keep(unit, state, {"schedule": batches.schedule.model_dump()}, scores)
