@@ -1,6 +1,5 @@
 """summary.json: what every stage of a run reached, and what was compared on the same problems."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -62,7 +61,9 @@ def comparisons(recipe: RecipeConfig, controls: list[ControlConfig], root: Path)
     part_of = {p["id"]: p["part"] for p in first}
     ids = {part: [i for i in part_of if part_of[i] == part] for part in set(part_of.values())}
     names = [stage.name for stage in recipe.stages]
-    pairs = [(name, before) for before, name in itertools.pairwise(names)]
+    starts = zip(["base", *names], recipe.stages, strict=False)
+    pairs = [(stage.name, stage.start or before) for before, stage in starts]
+    pairs = [(name, start) for name, start in pairs if start != "base"]
     pairs += [(control.against, control.name) for control in controls]
     forms = sorted({p["form"] for p in first})
     found: dict[str, Any] = {

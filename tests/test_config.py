@@ -77,6 +77,36 @@ def test_a_recipe_whose_stages_do_not_connect_is_refused(changes, words):
     assert all(word in str(error.value) for word in words)
 
 
+CONTROL = {"name": "c", "kind": "sft", "start": "base", "against": "sft", "settings": {}}
+PAIRS = {**CONTROL, "kind": "prefer", "start": "sft", "pairs_of": "cpt"}
+
+
+def test_controls_name_stages_before_them():
+    controls = [CONTROL, {**PAIRS, "name": "d", "seconds_of": "sft"}]
+    config = validate(RecipeConfig, recipe(controls=controls), "recipe.yaml")
+    assert [control.against for control in config.controls] == ["sft", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [
+        ({**CONTROL, "start": None}, ["'c'", "start"]),
+        ({**CONTROL, "start": "rpo"}, ["controls.c.start='rpo'", "base"]),
+        ({**CONTROL, "against": "base"}, ["controls.c.against='base'", "cpt"]),
+        ({**PAIRS, "pairs_of": "rpo"}, ["controls.c.pairs_of='rpo'", "cpt"]),
+        ({**PAIRS, "pairs_of": None}, ["kind prefer", "pairs_of"]),
+        ({**CONTROL, "kind": "ppo"}, ["kind ppo", "allowed: cpt, sft"]),
+        ({**CONTROL, "seconds_of": "ppo"}, ["controls.c.seconds_of='ppo'"]),
+        ({**CONTROL, "seconds_of": "sft", "settings": {"steps": 3}}, ["seconds_of", "'steps'"]),
+        ({**CONTROL, "name": "sft"}, ["name", "twice"]),
+    ],
+)
+def test_a_control_that_does_not_connect_is_refused(control, words):
+    with pytest.raises(ValueError) as error:
+        validate(RecipeConfig, recipe(controls=[control]), "recipe.yaml")
+    assert all(word in str(error.value) for word in words), error.value
+
+
 def test_overrides_reach_fields_and_named_items(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe()))

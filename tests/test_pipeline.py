@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CONTROLS = ["no_cpt", "rpo_longer", "dpo"]
 
 
 def command(runs: Path, recipe: str = "formulary_short", **settings) -> list[str]:
@@ -92,6 +93,12 @@ def test_every_stage_leaves_its_row_and_the_export_opens(reference):
     for row in rows[1:-1]:
         assert row["n"] == 8 and 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
         assert {"new_combination", "new_product", "text_only"} <= set(row["parts"])
+        assert 0 <= row["accuracy_sampled"] <= 1
+    for name, every in (("sft", 3), ("ppo", 2)):
+        metrics = [json.loads(r) for r in (reference / name / "metrics.jsonl").open()]
+        measured = [m for m in metrics if "dev_accuracy" in m]
+        assert [m["step"] for m in measured] == [every, 2 * every]
+        assert all(0 <= m["dev_accuracy_sampled"] <= 1 for m in measured)
     summary = json.loads((reference / "summary.json").read_text())
     assert summary["parity"]["logit_error"] < 1e-4
     assert Path(summary["report"]).is_file() and (Path(summary["export"]) / "config.json").is_file()
@@ -112,6 +119,35 @@ def test_a_finished_step_contradicts_a_changed_recipe(reference):
             arguments, cwd=ROOT, env=environment(), capture_output=True, text=True
         )
         assert done.returncode == 2 and name.split(".")[-1 if "steps" in name else 0] in done.stderr
+
+
+def test_controls_are_run_when_asked_for_and_compared(reference):
+    before = json.loads((reference / "summary.json").read_text())
+    finish([*command(reference.parent), "--controls"])
+    summary = json.loads((reference / "summary.json").read_text())
+    rows = {row["name"]: row for row in summary["stages"]}
+    assert [name for name, row in rows.items() if row.get("control")] == CONTROLS
+    pairs = {(row["stage"], row["against"]) for row in summary["comparisons"]}
+    stages = {("sft", "cpt"), ("rpo", "sft"), ("ppo", "rpo")}
+    assert pairs == stages | {("sft", "no_cpt"), ("ppo", "rpo_longer"), ("rpo", "dpo")}
+    assert {row["form"] for row in summary["comparisons"]} == {"answer_only", "explain", "sampled"}
+    assert [row["stage"] for row in summary["gaps"]] == ["cpt", "sft", "rpo", "ppo"]
+    assert set(summary["facts_recited"]) == {"cpt", "sft", "rpo", "ppo", *CONTROLS}
+    # the longer control had as many steps as fill PPO's seconds at RPO's pace
+    rpo, ppo, longer = (
+        json.loads((reference / name / "manifest.json").read_text())
+        for name in ("rpo", "ppo", "rpo_longer")
+    )
+    pace = rpo["seconds"] * rpo["goodput"] / rpo["steps"]
+    assert longer["steps"] == round(ppo["seconds"] / pace)
+    finish(
+        [*command(reference.parent), "--controls"]
+    )  # again: nothing is done twice, and nothing lost
+    assert json.loads((reference / "summary.json").read_text()) == summary
+    finish(command(reference.parent))
+    assert json.loads((reference / "summary.json").read_text()) == summary
+    own = [row for row in summary["stages"] if not row.get("control")]
+    assert own == before["stages"]
 
 
 def test_the_recipe_runs_on_eight_devices(tmp_path):

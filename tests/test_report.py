@@ -40,6 +40,30 @@ SUMMARY = {
         },
         {"name": "ppo", "seconds": 4000, "accuracy": 0.5, "accuracy_explain": 0.0, "n": 200},
     ],
+    "facts_recited": {"sft": {"dosing": 0.75, "text_only": 0.5}, "ppo": {"dosing": 0.875}},
+    "gaps": [
+        {"stage": "sft", "n": 80, "difference": 0.125, "ci95": [0.02, 0.23], "change": None},
+        {
+            "stage": "ppo",
+            "n": 80,
+            "difference": -0.025,
+            "ci95": [-0.1, 0.05],
+            "change": {"n": 80, "difference": -0.15, "ci95": [-0.25, -0.05]},
+        },
+    ],
+    "comparisons": [
+        {
+            "stage": "ppo",
+            "against": against,
+            "part": "dosing",
+            "form": form,
+            "n": 80,
+            "difference": 0.05,
+            "ci95": interval,
+        }
+        for against, interval in (("sft", [0.01, 0.09]), ("longer", [-0.01, 0.11]))
+        for form in ("answer_only", "explain")
+    ],
 }
 COUNTS = {
     "problems": {"in": 1000, "accepted": 900, "rejected": {"filter: Too Simple": 60, HOSTILE: 40}},
@@ -103,6 +127,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict]] = []
         self.text: list[str] = []
+        self.bold: list[str] = []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -117,6 +142,8 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+        if self.open and self.open[-1] == "b":
+            self.bold.append(data)
 
 
 def read(path: Path) -> Reader:
@@ -145,10 +172,22 @@ def test_the_report_shows_each_stage_with_its_interval_and_time(report: Reader):
     assert "Accuracy on the part “dosing” of the test problems" in text
 
 
+def test_differences_gaps_and_facts_are_shown(report: Reader):
+    text = " ".join(" ".join(report.text).split())
+    assert "ppo longer dosing +5.0 (-1.0 to 11.0) +5.0 (-1.0 to 11.0)" in text
+    assert "sft dosing +5.0 (1.0 to 9.0) +5.0 (1.0 to 9.0)" in text
+    bold = [t for t in report.bold if "+5.0" in t]
+    assert bold == ["+5.0 (1.0 to 9.0)"] * 2  # only where 0 is left out
+    assert "sft +12.5 (2.0 to 23.0) – ppo -2.5 (-10.0 to 5.0) -15.0 (-25.0 to -5.0)" in text
+    assert "facts recited right (%)" in text and "text only" in text
+
+
 def test_the_report_draws_the_columns_that_exist(report: Reader):
     text = "".join(report.text)
     drawn = sum(tag == "svg" for tag, _ in report.tags)
-    assert drawn == 1 + 2 * 3  # accuracies; loss, reward and KL of two stages, no dev accuracy
+    assert (
+        drawn == 2 + 2 * 3
+    )  # accuracies, facts recited; loss, reward and KL of two stages, no dev accuracy
     for label in (
         "loss (nats)",
         "mean reward (0 to 1)",
