@@ -51,7 +51,7 @@ def next_token(logits_BV: jax.Array, draws: Draws):
     )
 
     def noisy(kept_BV):
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, kept_BV.shape[1:]))(draws.keys_B())
+        noise_BV = jax.vmap(lambda key: gumbel_noise(key, kept_BV.shape[1]))(draws.keys_B())
         return kept_BV + jnp.where(temperature_B1 > 0, noise_BV, 0.0)
 
     scores_BV = jax.lax.cond(jnp.any(temperature_B1 > 0), noisy, lambda kept: kept, kept_BV)
@@ -59,6 +59,17 @@ def next_token(logits_BV: jax.Array, draws: Draws):
     logp_BV = z_BV - jax.nn.logsumexp(z_BV, axis=-1, keepdims=True)
     chosen_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B, chosen_B, logp_BV
+
+
+def gumbel_noise(key: jax.Array, count: int) -> jax.Array:
+    """`count` standard Gumbel variates, -log(-log(1 - v)), with v in steps of 2**-32.
+
+    A token of probability p is drawn where v is near p: jax.random.gumbel's steps of 2**-23 give
+    one of 2e-6 three in a hundred draws too few, and its finer mode takes twice the time.
+    """
+    bits = jax.random.bits(key, (count,), jnp.uint32)
+    v = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-v))
 
 
 def first_largest(scores_BV) -> jax.Array:
