@@ -35,8 +35,9 @@ def run(
 
     Example: medreason run configs/recipes/formulary.yaml --set seed=1
     """
-    from medreason_jax.config import RecipeConfig, load_yaml, validate
+    from medreason_jax.config import load_yaml, validate
     from medreason_jax.pipeline import run_recipe
+    from medreason_jax.recipe import RecipeConfig
     from medreason_jax.report.table import stage_table
 
     config = validate(RecipeConfig, load_yaml(recipe, set_ or []), str(recipe))

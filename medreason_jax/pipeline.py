@@ -21,12 +21,8 @@ import jax
 import yaml
 
 from medreason_jax.config import (
-    CandidatesConfig,
-    ControlConfig,
     EvaluateConfig,
     PPOConfig,
-    RecipeConfig,
-    StageConfig,
     TrainConfig,
     check_unchanged,
     save_yaml,
@@ -46,6 +42,7 @@ from medreason_jax.qwen2.importing import import_folder
 from medreason_jax.qwen2.load import load_model
 from medreason_jax.qwen2.model import init_params
 from medreason_jax.qwen2.sizes import read_config_file, read_sizes
+from medreason_jax.recipe import CandidatesConfig, ControlConfig, RecipeConfig, StageConfig
 from medreason_jax.report import write_report
 from medreason_jax.results import evaluation_folder, summarise
 from medreason_jax.rl.loop import ppo_stage

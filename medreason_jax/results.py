@@ -1,16 +1,14 @@
 """summary.json: what every stage of a run reached, and what was compared on the same problems."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from data_gen.formulary import read_facts
-from data_gen.formulary_recital import FACTS_OF_LINE, facts_recited
-from medreason_jax.config import ControlConfig, RecipeConfig, StageConfig
+from data_gen.formulary_recital import recited_by_part
 from medreason_jax.data.sources import read_lines
 from medreason_jax.evaluate.compare import compare, gap, gap_change, right_answers
 from medreason_jax.manifest import read_manifest
+from medreason_jax.recipe import ControlConfig, RecipeConfig, StageConfig
 
 
 def summarise(recipe: RecipeConfig, root: Path) -> dict[str, Any]:
@@ -90,21 +88,10 @@ def comparisons(recipe: RecipeConfig, controls: list[ControlConfig], root: Path)
         ]
     if recipe.formulary is not None:
         found["facts_recited"] = {
-            name: facts_recited_by_part(rows, root) for name, rows in predictions.items()
+            name: recited_by_part(root / "data" / "bank" / "facts.jsonl", rows)
+            for name, rows in predictions.items()
         }
     return found
-
-
-def facts_recited_by_part(predictions: list[dict[str, Any]], root: Path) -> dict[str, float]:
-    """The share of the four facts that explained answers to dose problems recite right, by part."""
-    drugs = {drug.name: drug for drug in read_facts(root / "data" / "bank" / "facts.jsonl")}
-    shares: dict[str, list[float]] = {}
-    for p in predictions:
-        name = re.match(r"[A-Z][a-z]+-[a-z]+", p["question"])
-        if p["form"] == "explain" and not p["part"].startswith("recall") and name is not None:
-            recited = facts_recited(drugs[name.group()], p["text"]) / FACTS_OF_LINE
-            shares.setdefault(p["part"], []).append(recited)
-    return {part: round(sum(own) / len(own), 4) for part, own in sorted(shares.items())}
 
 
 def empty_row(name: str, seconds: float) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medreason_jax.config import RecipeConfig, TrainConfig, load_yaml, save_yaml, validate
+from medreason_jax.config import TrainConfig, load_yaml, save_yaml, validate
+from medreason_jax.recipe import RecipeConfig
 
 STAGE = {
     "kind": "sft",

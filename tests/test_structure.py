@@ -20,7 +20,7 @@ LONGEST_FILE = 600
 
 # What data_gen must do without, so that it installs and runs on a machine that has none of it.
 BARRED_FROM_DATA_GEN = ("medreason_jax", "jax", "jaxlib", "flax", "torch", "transformers")
-OPEN_TO_MEDREASON = ("answers", "verifiers", "teacher", "records")
+OPEN_TO_MEDREASON = ("answers", "verifiers", "teacher", "records", "formulary_recital")
 BARRED_FROM_LOSSES = (
     "medreason_jax.qwen2",
     "medreason_jax.train.head",
@@ -52,7 +52,7 @@ INPUT_OUTPUT_METHODS = {
     *("open", "read_text", "write_text", "read_bytes", "write_bytes", "tofile", "savez"),
 }
 NAMES_THE_MESH_AXES = ("medreason_jax/mesh.py", "medreason_jax/config.py")
-CONFIG_FILES = ("medreason_jax/config.py", "data_gen/config.py")
+CONFIG_FILES = ("medreason_jax/config.py", "medreason_jax/recipe.py", "data_gen/config.py")
 
 # Traces of one machine or one day's work; the reader of a file can look none of them up.
 BARRED_TEXT = {
