@@ -14,6 +14,8 @@ import psutil
 
 from medreason_jax.mesh import HeadShards, make_mesh
 from medreason_jax.qwen2.attention import KERNELS, KernelName, choose_kernel, self_test, tolerance
+from medreason_jax.qwen2.decode_attention import XLA_DECODE, DecodeKernel, decode_kernel
+from medreason_jax.qwen2.decode_attention import self_test as test_decoding
 
 PACKAGES = (
     *("medreason", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax"),
@@ -26,7 +28,7 @@ HOST, SECONDS = "huggingface.co", 2.0
 def examine(folder: Path) -> list[dict[str, Any]]:
     """One record a check: {check, found, ok, note}; ok is None where nothing can be wrong."""
     devices = _devices()
-    kernels = [] if devices[0]["ok"] is False else _kernels()
+    kernels = [] if devices[0]["ok"] is False else [*_kernels(), *_decode_kernels()]
     return [*_versions(), *_machine(folder), *devices, *kernels, _network()]
 
 
@@ -98,6 +100,30 @@ def _kernel(name: KernelName, target: str, head_dim: int, dtype, shards) -> dict
     notes = ["attention: auto takes it" if chosen.name == name else None, kernel.note]
     note = "; ".join(filter(None, notes))
     return record(check, f"error {error:.1e}", error <= tolerance(dtype), note)
+
+
+def _decode_kernels() -> list[dict[str, Any]]:
+    """The decode attention of this platform; one that fails is replaced where an engine starts."""
+    target, shards = jax.devices()[0].platform, HeadShards(make_mesh(-1, 1, 1))
+    return [
+        _decode_kernel(decode_kernel(target, head_dim, shards), head_dim, dtype)
+        for head_dim in HEAD_DIMS
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+
+
+def _decode_kernel(kernel: DecodeKernel, head_dim: int, dtype) -> dict[str, Any]:
+    check = f"decode attention {kernel.name}, head {head_dim}, {jnp.dtype(dtype).name}"
+    must_pass = kernel is XLA_DECODE  # nothing stands in for it
+    try:
+        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+            error = test_decoding(kernel, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    except Exception as failure:
+        why = str(failure).split("\n")[0][:200]
+        return record(check, "does not run", False if must_pass else None, f"xla is used; {why}")
+    passed = error <= tolerance(dtype)
+    note = "" if passed else "xla is used"
+    return record(check, f"error {error:.1e}", passed if passed or must_pass else None, note)
 
 
 def _network() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from medreason_jax import doctor
 from medreason_jax.cli import run_arguments
 from medreason_jax.qwen2.attention import Kernel, xla_attention
+from medreason_jax.qwen2.decode_attention import DecodeKernel, pallas_decode
 
 
 def test_every_kernel_is_tried_and_the_one_that_auto_takes_is_named(capsys, tmp_path, monkeypatch):
@@ -17,6 +18,7 @@ def test_every_kernel_is_tried_and_the_one_that_auto_takes_is_named(capsys, tmp_
     xla = records["attention xla, head 64, float32"]
     assert xla["ok"] is True and "auto takes it" in xla["note"]
     assert records["attention splash, head 128, bfloat16"]["found"] == "not for this platform"
+    assert records["decode attention xla, head 64, bfloat16"]["ok"] is True
     assert "8 x cpu" in records["devices"]["found"]
     assert records["network"]["ok"] is None and "out of reach" in records["network"]["found"]
 
@@ -41,3 +43,12 @@ def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(monkeypatch):
     monkeypatch.setattr(doctor, "choose_kernel", lambda *arguments: Kernel("xla", broken))
     records = doctor._kernels()
     assert all(r["ok"] is False and r["note"] == "no such instruction" for r in records)
+
+
+@pytest.mark.parametrize("attend", [pallas_decode, lambda q, k, v, lengths: 2 * q])
+def test_a_decode_kernel_that_fails_is_told_and_no_failure(attend, monkeypatch):
+    """An engine takes the plain twin in its place."""
+    kernel = DecodeKernel("pallas", attend, by_length=True)
+    monkeypatch.setattr(doctor, "decode_kernel", lambda *arguments: kernel)
+    records = doctor._decode_kernels()
+    assert all(r["ok"] is None and "xla is used" in r["note"] for r in records)
