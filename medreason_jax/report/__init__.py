@@ -21,6 +21,7 @@ from medreason_jax.report.figures import PANELS, draw_accuracies, draw_facts, dr
 from medreason_jax.report.jsonl import read_rows
 from medreason_jax.report.samples import FORMS, collect_samples, read_predictions
 from medreason_jax.report.summary import (
+    comparison_rows,
     format_interval,
     format_points,
     format_questions,
@@ -66,6 +67,7 @@ def render_report(run_dir: Path) -> str:
         summary=summary,
         parts=list(dict.fromkeys(part for stage in summary.stages for part in stage.parts)),
         accuracies=draw_accuracies(summary.stages),
+        comparisons=comparison_rows(summary.comparisons),
         facts=draw_facts(summary.facts_recited),
         forms=FORMS,
         curves={name: drawn for name, drawn in curves.items() if drawn},

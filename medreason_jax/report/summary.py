@@ -5,6 +5,8 @@ answers given after an explanation. A stage that was not evaluated has none.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -45,6 +47,11 @@ class Difference(BaseModel):
     difference: float | None
     ci95: Interval | None
 
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.ci95 is not None and (self.ci95[0] > 0 or self.ci95[1] < 0)
+
 
 class Comparison(Difference):
     """The accuracy of `stage` minus that of `against`."""
@@ -76,6 +83,29 @@ class Summary(BaseModel):
     facts_recited: dict[str, dict[str, float]] = {}  # by stage, by part: share of the facts
     export: str | None = None
     report: str | None = None
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """What a stage changed on one part, by form; `first` where the pair of stages is new."""
+
+    stage: str
+    against: str
+    part: str
+    by_form: dict[str, Comparison]
+    first: bool
+
+
+def comparison_rows(comparisons: Sequence[Comparison]) -> list[ComparisonRow]:
+    """In the order in which they were made."""
+    groups: dict[tuple[str, str, str], dict[str, Comparison]] = {}
+    for each in comparisons:
+        groups.setdefault((each.stage, each.against, each.part), {})[each.form] = each
+    rows, before = [], None
+    for (stage, against, part), by_form in groups.items():
+        rows.append(ComparisonRow(stage, against, part, by_form, (stage, against) != before))
+        before = stage, against
+    return rows
 
 
 def read_run(folder: Path) -> tuple[Summary, dict[str, Path]]:
