@@ -137,11 +137,9 @@ def format_interval(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
-def format_points(difference: Difference | None) -> str:
-    """`+3.2 (1.1 to 5.4)`, in points of a percent."""
-    if difference is None or difference.difference is None:
-        return "–"
-    return f"{100 * difference.difference:+.1f} ({format_interval(difference.ci95)})"
+def format_points(share: float) -> str:
+    """`+3.2`, in points of a percent."""
+    return f"{100 * share:+.1f}"
 
 
 def format_seconds(seconds: float | None) -> str:
