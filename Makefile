@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PYTEST := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu NPROC=32 \
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help venv demo demo-controls demo-short test test-slow test-kill test-aot lint format lock clean
+.PHONY: help venv demo demo-controls demo-short test test-slow test-kill test-aot bench-cpu lint format lock clean
 
 help:
 	@echo "make venv        install everything into .venv (CPU)"
@@ -15,6 +15,7 @@ help:
 	@echo "make demo-controls  the demo, then what its stages are compared with"
 	@echo "make demo-short  the same recipe in a few steps"
 	@echo "make test        tests; test-slow, test-kill and test-aot run the ones left out of it"
+	@echo "make bench-cpu   a train step and decoding beside torch; fails when either got slower"
 	@echo "make lint        ruff and pyright; format rewrites"
 	@echo "make lock        write requirements.lock and requirements-plan.lock from .venv"
 	@echo "make clean       remove caches and build folders (runs and .venv stay)"
@@ -52,6 +53,11 @@ test-kill: venv
 test-aot: venv
 	$(BIN)/python -m pip install -qq -r requirements-plan.lock
 	$(PYTEST) -m aot
+
+# On an idle machine: a train step and greedy decoding beside transformers and torch.
+bench-cpu: venv
+	$(BIN)/python benchmarks/cpu.py step --peers torch --at-least torch=0.8
+	$(BIN)/python benchmarks/cpu.py decode --peers torch --at-least torch=3.0
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """One train step, or greedy decoding, on a CPU, beside `transformers` + torch and google-tunix.
 
     python benchmarks/cpu.py step [--peers torch,tunix] [--repetitions 9]
-    python benchmarks/cpu.py decode
+    python benchmarks/cpu.py decode [--at-least torch=3.0]
 
 The same Qwen2 (4 layers, width 256, vocabulary 8,192, float32, weights from one safetensors
 folder); the layers are unrolled, as both peers' are. A step is of 4 x 512 tokens, AdamW without
@@ -313,7 +313,8 @@ def check_decode(contestants: list[Contestant]) -> None:
             raise SystemExit("the answers differ: not the same work")
 
 
-def compare(what: str, peers: list[str], repetitions: int) -> None:
+def compare(what: str, peers: list[str], repetitions: int, bars: dict[str, float]) -> None:
+    """Print times and ratios; exit code 1 where a ratio is below the peer's bar."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         contestants = [Contestant(name, Path(folder)) for name in ["medreason", *peers]]
@@ -326,14 +327,23 @@ def compare(what: str, peers: list[str], repetitions: int) -> None:
                 seconds[contestant.name].append(contestant.turn(what)["seconds"])
         for contestant in contestants:
             contestant.close()
-    ours = seconds["medreason"]
+    ours, low = seconds["medreason"], []
     for name, theirs in seconds.items():
         ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
         print(
             f"{name:9s} median {statistics.median(theirs) * 1e3:5.0f} ms, best "
             f"{min(theirs) * 1e3:5.0f} ms; medreason's speed / its speed {ratio:.2f}"
         )
+        if name in bars and ratio < bars[name]:
+            low.append(f"{ratio:.2f} x {name}, bar {bars[name]}")
     print("load average", os.getloadavg())
+    if low:
+        raise SystemExit(f"{what} is slower than it was: {'; '.join(low)}")
+
+
+def bar(text: str) -> tuple[str, float]:
+    name, _, ratio = text.partition("=")
+    return name, float(ratio)
 
 
 if __name__ == "__main__":
@@ -341,10 +351,12 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["step", "decode"])
     parser.add_argument("--peers", default="torch,tunix")
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--at-least", type=bar, action="append", default=[], metavar="PEER=RATIO")
     parser.add_argument("--work", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work is not None:
         work(arguments.work, arguments.folder)
     else:
-        compare(arguments.what, [p for p in arguments.peers.split(",") if p], arguments.repetitions)
+        peers = [peer for peer in arguments.peers.split(",") if peer]
+        compare(arguments.what, peers, arguments.repetitions, dict(arguments.at_least))
