@@ -282,7 +282,6 @@ class EvaluateConfig(Strict):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    sampled_temperature: Annotated[float, Field(gt=0)] = 1.0
     seed: Seed = 0
     forms: list[Literal["answer_only", "explain", "sampled"]] = ["answer_only", "explain"]
 

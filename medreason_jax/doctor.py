@@ -14,7 +14,7 @@ import psutil
 
 from medreason_jax.mesh import HeadShards, make_mesh
 from medreason_jax.qwen2.attention import KERNELS, KernelName, choose_kernel, self_test, tolerance
-from medreason_jax.qwen2.decode_attention import XLA_DECODE, DecodeKernel, decode_kernel
+from medreason_jax.qwen2.decode_attention import TEST_SIZES, XLA_DECODE, DecodeKernel, decode_kernel
 from medreason_jax.qwen2.decode_attention import self_test as test_decoding
 
 PACKAGES = (
@@ -117,7 +117,7 @@ def _decode_kernel(kernel: DecodeKernel, head_dim: int, dtype) -> dict[str, Any]
     must_pass = kernel is XLA_DECODE  # nothing stands in for it
     try:
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
-            error = test_decoding(kernel, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype)
+            error = max(test_decoding(kernel, 4, 2, head_dim, dtype, S) for S in TEST_SIZES)
     except Exception as failure:
         why = str(failure).split("\n")[0][:200]
         return record(check, "does not run", False if must_pass else None, f"xla is used; {why}")

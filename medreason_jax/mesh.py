@@ -214,6 +214,13 @@ class HeadShards:
 
     mesh: Mesh = struct.field(pytree_node=False)
 
+    def held(self, heads: int, kv_heads: int) -> tuple[int, int]:
+        """Query and key/value heads that the mapped function gets on one device."""
+        own = heads // self.mesh.shape["tensor"]
+        if kv_heads % self.mesh.shape["tensor"] == 0:
+            return own, kv_heads // self.mesh.shape["tensor"]
+        return own, own // math.gcd(own, heads // kv_heads)
+
     def map(self, function: Callable, heads: int, kv_heads: int, kv_head_axis: int = 2) -> Callable:
         """shard_map of `function(q_BTNH, k_BSKH, v_BSKH, rows) -> context_BTNH`, `rows` [B, ...].
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -57,7 +58,8 @@ def run_recipe(recipe: RecipeConfig, controls: bool = False) -> dict[str, Any]:
     """
     root = recipe.runs / recipe.name
     configs = {stage.name: stage_config(recipe, stage, root) for stage in recipe.stages}
-    check_inputs(recipe, list(configs.values()))
+    compared = [stage_config(recipe, control, root) for control in recipe.controls]
+    check_inputs(recipe, [*configs.values(), *compared])
     root.mkdir(parents=True, exist_ok=True)
     with run_lock(root):
         start_processes(root)
@@ -180,7 +182,7 @@ def generate_data(recipe: RecipeConfig, root: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             make_bank(recipe, partial)
             os.replace(partial, bank)
-        check_part(recipe)
+        check_parts(recipe)
         config = folder / "data_gen.yaml"
         settings = data_gen_config(recipe, bank, folder / "generated")
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -189,15 +191,20 @@ def generate_data(recipe: RecipeConfig, root: Path) -> None:
     write_json(folder / "manifest.json", {"kind": "data", "seconds": round(clock.total, 1)})
 
 
-def check_part(recipe: RecipeConfig) -> None:
-    """The headline's part exists: better said now than after the training."""
-    problems = read_problems(data_files(recipe)[recipe.evaluation.split])
-    parts = sorted({part_of(problem) for problem in problems})
-    if recipe.evaluation.part not in parts:
-        raise ValueError(
-            f"evaluation.part={recipe.evaluation.part!r} is no part of the "
-            f"{recipe.evaluation.split} problems; allowed: {parts}"
-        )
+def check_parts(recipe: RecipeConfig) -> None:
+    """The parts that the evaluations name exist: better said now than after the training."""
+    evaluation = recipe.evaluation
+    asked = [("part", evaluation.part, evaluation.split)]
+    asked += [("gap_parts", part, evaluation.split) for part in evaluation.gap_parts]
+    if any("dev" in stage.settings for stage in recipe.stages):
+        asked.append(("part", evaluation.part, "dev"))
+    for field, part, split in asked:
+        problems = read_problems(data_files(recipe)[split])
+        parts = sorted({part_of(problem) for problem in problems})
+        if part not in parts:
+            raise ValueError(
+                f"evaluation.{field}: {part!r} is no part of the {split} problems; allowed: {parts}"
+            )
 
 
 def make_bank(recipe: RecipeConfig, bank: Path) -> None:
@@ -374,7 +381,7 @@ def pairs_file(recipe: RecipeConfig, stage: StageConfig, root: Path) -> Path:
 
 def with_dev_problems(recipe: RecipeConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings whose `dev`, where there is one, asks this run's dev problems of the headline."""
-    if "dev" not in settings:
+    if not isinstance(settings["dev"] if "dev" in settings else None, dict):
         return settings
     evaluation = recipe.evaluation
     own = {
@@ -386,15 +393,19 @@ def with_dev_problems(recipe: RecipeConfig, settings: dict[str, Any]) -> dict[st
 
 
 def steps_that_fill(root: Path, control: ControlConfig) -> int:
-    """As many as another stage's seconds have room for; those it was begun with, once it was."""
+    """As many as another stage's seconds have room for; those it was begun with, once it was.
+
+    1 while that is not known, before the stages have run.
+    """
     begun = root / control.name / "config.yaml"
     if begun.is_file():
         return yaml.safe_load(begun.read_text(encoding="utf-8"))["steps"]
     assert control.seconds_of is not None and control.start is not None
-    filled, before = (read_manifest(root / name) for name in (control.seconds_of, control.start))
-    assert filled is not None and before is not None
-    seconds_a_step = before["seconds"] * before["goodput"] / before["steps"]
-    return max(round(filled["seconds"] / seconds_a_step), 1)
+    filled = read_manifest(root / control.seconds_of)
+    if filled is None or read_manifest(root / control.start) is None:
+        return 1
+    paces = [step["step_seconds"] for step in read_lines(root / control.start / "speed.jsonl")]
+    return max(round(filled["seconds"] / statistics.median(paces)), 1)
 
 
 def run_stage(

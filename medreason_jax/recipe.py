@@ -155,6 +155,8 @@ class ControlConfig(StageConfig):
                 f"control {self.name!r} is kind {self.kind}; allowed: cpt, sft, and prefer with "
                 "pairs_of"
             )
+        if self.candidates is not None:
+            raise ValueError(f"control {self.name!r}: candidates have no effect, pairs_of has them")
         given = {"steps", "epochs"} & set(self.settings)
         if self.seconds_of is not None and given:
             raise ValueError(f"control {self.name!r}: seconds_of sets the steps; remove {given}")
@@ -196,12 +198,13 @@ class RecipeConfig(Strict):
             raise ValueError("give formulary or question_bank, one of the two")
         seen = ["base"]
         texts = self.question_bank is None or self.question_bank.corpus is not None
-        for stage in self.stages:
+        for stage in [*self.stages, *self.controls]:
             if (stage.kind == "cpt" or stage.replay > 0) and not texts:
                 raise ValueError(
                     f"stages.{stage.name} trains on texts: give question_bank.corpus, or leave it "
                     "out (replay: 0)"
                 )
+        for stage in self.stages:
             if stage.name in seen:
                 raise ValueError(f"stages: the name {stage.name!r} is used twice")
             if stage.start is not None and stage.start not in seen:
@@ -210,14 +213,17 @@ class RecipeConfig(Strict):
                     f"allowed: {seen}"
                 )
             seen.append(stage.name)
+        paired = [stage.name for stage in self.stages if stage.kind == "prefer"]
+        stepped = [stage.name for stage in self.stages if stage.kind != "ppo"]
         for control in self.controls:
-            others = {"start": seen, "against": seen[1:]}
-            others |= {"pairs_of": [None, *seen[1:]], "seconds_of": [None, *seen[1:]]}
+            starts = seen if control.seconds_of is None else stepped  # whose pace it takes
+            others = {"start": starts, "against": seen[1:]}
+            others |= {"pairs_of": [None, *paired], "seconds_of": [None, *seen[1:]]}
             for field, allowed in others.items():
                 if getattr(control, field) not in allowed:
                     raise ValueError(
-                        f"controls.{control.name}.{field}={getattr(control, field)!r} is no stage; "
-                        f"allowed: {allowed}"
+                        f"controls.{control.name}.{field}={getattr(control, field)!r} does not "
+                        f"fit; allowed: {allowed}"
                     )
         names = [stage.name for stage in [*self.stages, *self.controls]]
         if len(set(names)) < len(names):

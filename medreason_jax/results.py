@@ -62,6 +62,7 @@ def comparisons(recipe: RecipeConfig, controls: list[ControlConfig], root: Path)
     starts = zip(["base", *names], recipe.stages, strict=False)
     pairs = [(stage.name, stage.start or before) for before, stage in starts]
     pairs = [(name, start) for name, start in pairs if start != "base"]
+    start_of = dict(pairs)
     pairs += [(control.against, control.name) for control in controls]
     forms = sorted({p["form"] for p in first})
     found: dict[str, Any] = {
@@ -73,15 +74,14 @@ def comparisons(recipe: RecipeConfig, controls: list[ControlConfig], root: Path)
             for form in forms
         ]
     }
-    gap_ids = [i for part in recipe.evaluation.gap_parts for i in ids.get(part, [])]
+    gap_ids = [i for part in recipe.evaluation.gap_parts for i in ids[part]]
     if gap_ids:
-        changes = dict(pairs)
         found["gaps"] = [
             {
                 "stage": name,
                 **gap(right[name], gap_ids),
-                "change": gap_change(right[name], right[changes[name]], gap_ids)
-                if name in changes
+                "change": gap_change(right[name], right[start_of[name]], gap_ids)
+                if name in start_of
                 else None,
             }
             for name in names

@@ -79,12 +79,18 @@ def test_a_recipe_whose_stages_do_not_connect_is_refused(changes, words):
 
 
 CONTROL = {"name": "c", "kind": "sft", "start": "base", "against": "sft", "settings": {}}
-PAIRS = {**CONTROL, "kind": "prefer", "start": "sft", "pairs_of": "cpt"}
+PAIRS = {**CONTROL, "kind": "prefer", "start": "sft", "pairs_of": "rpo"}
+RPO = {"name": "rpo", "kind": "prefer", "settings": {}}
+PPO = {"name": "ppo", "kind": "ppo", "settings": {}}
+
+
+def with_controls(*controls):
+    stages = [*recipe()["stages"], RPO, PPO]
+    return validate(RecipeConfig, recipe(stages=stages, controls=controls), "recipe.yaml")
 
 
 def test_controls_name_stages_before_them():
-    controls = [CONTROL, {**PAIRS, "name": "d", "seconds_of": "sft"}]
-    config = validate(RecipeConfig, recipe(controls=controls), "recipe.yaml")
+    config = with_controls(CONTROL, {**PAIRS, "name": "d", "seconds_of": "ppo"})
     assert [control.against for control in config.controls] == ["sft", "sft"]
 
 
@@ -92,19 +98,22 @@ def test_controls_name_stages_before_them():
     ("control", "words"),
     [
         ({**CONTROL, "start": None}, ["'c'", "start"]),
-        ({**CONTROL, "start": "rpo"}, ["controls.c.start='rpo'", "base"]),
+        ({**CONTROL, "start": "x"}, ["controls.c.start='x'", "base"]),
+        ({**CONTROL, "seconds_of": "ppo"}, ["controls.c.start='base'", "allowed: ['cpt', 'sft'"]),
+        ({**CONTROL, "start": "ppo", "seconds_of": "ppo"}, ["controls.c.start='ppo'"]),
         ({**CONTROL, "against": "base"}, ["controls.c.against='base'", "cpt"]),
-        ({**PAIRS, "pairs_of": "rpo"}, ["controls.c.pairs_of='rpo'", "cpt"]),
+        ({**PAIRS, "pairs_of": "sft"}, ["controls.c.pairs_of='sft'", "allowed: [None, 'rpo']"]),
+        ({**PAIRS, "candidates": {"problems": 3}}, ["'c'", "candidates"]),
         ({**PAIRS, "pairs_of": None}, ["kind prefer", "pairs_of"]),
         ({**CONTROL, "kind": "ppo"}, ["kind ppo", "allowed: cpt, sft"]),
-        ({**CONTROL, "seconds_of": "ppo"}, ["controls.c.seconds_of='ppo'"]),
-        ({**CONTROL, "seconds_of": "sft", "settings": {"steps": 3}}, ["seconds_of", "'steps'"]),
+        ({**PAIRS, "seconds_of": "x"}, ["controls.c.seconds_of='x'"]),
+        ({**PAIRS, "seconds_of": "sft", "settings": {"steps": 3}}, ["seconds_of", "'steps'"]),
         ({**CONTROL, "name": "sft"}, ["name", "twice"]),
     ],
 )
 def test_a_control_that_does_not_connect_is_refused(control, words):
     with pytest.raises(ValueError) as error:
-        validate(RecipeConfig, recipe(controls=[control]), "recipe.yaml")
+        with_controls(control)
     assert all(word in str(error.value) for word in words), error.value
 
 

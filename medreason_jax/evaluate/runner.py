@@ -19,6 +19,7 @@ from medreason_jax.qwen2.load import load_model
 from medreason_jax.qwen2.model import Params
 from medreason_jax.train.run import progress_bar
 
+SAMPLED_TEMPERATURE = 1.0  # of the form "sampled", whatever the others' is
 # What the answer is made to begin with, by form.
 PREFIX = {"answer_only": ANSWER_ONLY, "explain": "", "sampled": ""}
 
@@ -40,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     predictions = []
     for form in config.forms:
         limit = config.answer_only_tokens if form == "answer_only" else config.max_new_tokens
-        temperature = config.sampled_temperature if form == "sampled" else config.temperature
+        temperature = SAMPLED_TEMPERATURE if form == "sampled" else config.temperature
         sampling = Sampling(temperature, config.top_k, config.top_p, limit)
         predictions += ask(
             engine, model.params, model.tokenizer, problems, form, sampling, config.seed, bar.update

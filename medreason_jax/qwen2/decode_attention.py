@@ -99,7 +99,7 @@ def paged_decode(q_BNH, k_BKSH, v_BKSH, lengths_B) -> jax.Array:
         scaled_BNH.reshape(B * K, N // K, H),
         k_BKSH.reshape(1, B * K * pages, page, H),
         v_BKSH.reshape(1, B * K * pages, page, H),
-        jnp.repeat(lengths_B + 1, K).astype(jnp.int32),
+        jnp.repeat(jnp.minimum(lengths_B + 1, S), K).astype(jnp.int32),  # a full row that ended
         jnp.arange(B * K * pages, dtype=jnp.int32).reshape(B * K, pages),
         pages_per_compute_block=max(n for n in range(1, 5) if pages % n == 0),
     )
@@ -125,8 +125,9 @@ def choose_decode_kernel(
     kernel = decode_kernel(platform, head_dim, shards)
     if kernel is XLA_DECODE:
         return kernel
+    held = shards.held(heads, kv_heads)  # by one device, as the kernel is called
     try:
-        error, why = self_test(kernel, heads, kv_heads, head_dim, dtype), ""
+        error, why = max(self_test(kernel, *held, head_dim, dtype, S) for S in TEST_SIZES), ""
     except Exception as failure:  # the compiler's own errors name no setting
         error, why = float("inf"), f": {failure!s:.200}"
     error = largest_over_processes(error)
@@ -136,15 +137,18 @@ def choose_decode_kernel(
     return XLA_DECODE
 
 
+TEST_SIZES = (16, 48, 384)  # of caches: blocks of 16 and of 128
+
+
 def self_test(
-    kernel: DecodeKernel, heads: int, kv_heads: int, head_dim: int, dtype: Any, S: int = 384
+    kernel: DecodeKernel, heads: int, kv_heads: int, head_dim: int, dtype: Any, S: int
 ) -> float:
     """Largest relative error of the context, of rows of several lengths, beside numpy in float64.
 
     Runs on one device of this process, whatever the mesh. What lies beyond a row's length is large.
     """
     random = np.random.default_rng(0)
-    lengths_B = np.array([0, 1, 127, 128, S // 2, S - 1])
+    lengths_B = np.array([0, 1, S // 3 - 1, S // 3, S // 2, S - 1])
     B = len(lengths_B)
     q = jnp.asarray(random.normal(size=(B, heads, head_dim)), dtype)
     beyond_B1S1 = (np.arange(S) > lengths_B[:, None])[:, None, :, None]

@@ -2,8 +2,8 @@
 
 from medreason_jax.config import DevConfig, PPOConfig, TrainConfig
 from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.data.sources import read_problems
-from medreason_jax.evaluate.runner import accuracy_of, ask, part_of
+from medreason_jax.data.sources import question_text, read_problems
+from medreason_jax.evaluate.runner import SAMPLED_TEMPERATURE, accuracy_of, ask, part_of
 from medreason_jax.generate.engine import Engine
 from medreason_jax.generate.sampling import Sampling
 from medreason_jax.qwen2.load import Loaded
@@ -27,13 +27,21 @@ class DevAccuracy:
         self.settings, self.policy, self.engine = settings, policy, engine
         self.tokenizer = tokenizer
 
+    @property
+    def longest_prompt(self) -> int:
+        questions = (question_text(problem) for problem in self.problems)
+        return max(
+            len(self.tokenizer.prompt([{"role": "user", "content": text}])) for text in questions
+        )
+
     def is_due(self, unit: int) -> bool:
         return unit % self.settings.every == 0
 
     def measure(self, trainable, frozen) -> dict[str, float]:
         params = self.policy.params(trainable, frozen)
         scores = {}
-        for name, temperature in (("dev_accuracy", 0.0), ("dev_accuracy_sampled", 1.0)):
+        temperatures = (("dev_accuracy", 0.0), ("dev_accuracy_sampled", SAMPLED_TEMPERATURE))
+        for name, temperature in temperatures:
             sampling = Sampling(temperature, 0, 1.0, self.settings.max_new_tokens)
             predictions = ask(
                 *(self.engine, params, self.tokenizer, self.problems),
@@ -50,4 +58,6 @@ def make_dev_accuracy(
     if config.dev is None:
         return None
     engine = model.replace(network=policy.scorer.network).engine(config.dev.count)
-    return DevAccuracy(config.dev, policy, engine, model.tokenizer)
+    dev = DevAccuracy(config.dev, policy, engine, model.tokenizer)
+    model.check_length(dev.longest_prompt + config.dev.max_new_tokens)
+    return dev

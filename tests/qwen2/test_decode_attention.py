@@ -20,6 +20,7 @@ from medreason_jax.mesh import HeadShards, make_mesh
 from medreason_jax.qwen2 import decode_attention
 from medreason_jax.qwen2.attention import tolerance
 from medreason_jax.qwen2.decode_attention import (
+    TEST_SIZES,
     XLA_DECODE,
     DecodeKernel,
     choose_decode_kernel,
@@ -46,7 +47,7 @@ def draw_inputs(B: int, N: int, K: int, S: int, H: int):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_the_twin_and_the_gpu_kernel_equal_numpy(heads, kv_heads, head_dim, dtype):
     for kernel in (XLA_DECODE, PALLAS):
-        error = self_test(kernel, heads, kv_heads, head_dim, dtype)
+        error = max(self_test(kernel, heads, kv_heads, head_dim, dtype, S) for S in TEST_SIZES)
         assert error < (1e-6 if dtype == jnp.float32 else tolerance(dtype))
 
 
@@ -55,7 +56,8 @@ def test_the_tpu_kernel_equals_numpy(heads, kv_heads):
     """In bfloat16: its products are of bfloat16 whatever the inputs are."""
     with pltpu.force_tpu_interpret_mode():
         kernel = DecodeKernel("paged", paged_decode)
-        assert self_test(kernel, heads, kv_heads, 128, jnp.bfloat16) < tolerance(jnp.bfloat16)
+        error = max(self_test(kernel, heads, kv_heads, 128, jnp.bfloat16, S) for S in TEST_SIZES)
+    assert error < tolerance(jnp.bfloat16)
 
 
 @pytest.mark.parametrize("S", SIZES)
@@ -65,6 +67,15 @@ def test_kernels_take_every_size_of_cache(S):
     np.testing.assert_allclose(PALLAS(q, k, v, lengths_B), wanted, atol=1e-5)
     with pltpu.force_tpu_interpret_mode():
         np.testing.assert_allclose(paged_decode(q, k, v, lengths_B), wanted, atol=2e-2)
+
+
+def test_a_row_that_has_ended_with_its_slot_full_changes_no_other():
+    q, k, v, _ = draw_inputs(3, 4, 2, 128, 128)
+    ended = jnp.asarray([5, 100, 128], jnp.int32)
+    alone = XLA_DECODE(q, k, v, ended)[:2]
+    np.testing.assert_allclose(PALLAS(q, k, v, ended)[:2], alone, atol=1e-5)
+    with pltpu.force_tpu_interpret_mode():
+        np.testing.assert_allclose(paged_decode(q, k, v, ended)[:2], alone, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -136,3 +147,23 @@ def test_an_engine_with_a_kernel_answers_as_with_the_twin(monkeypatch):
     for one, other in zip(plain, answers(), strict=True):
         assert one.ids == other.ids
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "held"),
+    [(8, 4, (2, 1)), (8, 2, (2, 1)), (12, 3, (3, 1)), (12, 2, (3, 1))],
+)
+def test_the_self_test_has_the_heads_of_one_device(heads, kv_heads, held):
+    shards = HeadShards(make_mesh(1, 2, 4))
+    seen = []
+    mapped = shards.map(
+        lambda q, k, v, rows: seen.append((q.shape[2], k.shape[1])) or q, heads, kv_heads, 1
+    )
+    jax.eval_shape(
+        mapped,
+        jnp.zeros((2, 1, heads, 8)),
+        jnp.zeros((2, kv_heads, 16, 8)),
+        jnp.zeros((2, kv_heads, 16, 8)),
+        jnp.zeros(2, jnp.int32),
+    )
+    assert set(seen) == {held} == {shards.held(heads, kv_heads)}
