@@ -151,7 +151,7 @@ def test_an_engine_with_a_kernel_answers_as_with_the_twin(monkeypatch):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "held"),
-    [(8, 4, (2, 1)), (8, 2, (2, 1)), (12, 3, (3, 1)), (12, 2, (3, 1))],
+    [(8, 4, (2, 1)), (8, 2, (2, 1)), (12, 3, (3, 3)), (12, 2, (3, 1))],
 )
 def test_the_self_test_has_the_heads_of_one_device(heads, kv_heads, held):
     shards = HeadShards(make_mesh(1, 2, 4))
