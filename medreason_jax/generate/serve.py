@@ -99,14 +99,15 @@ def make_service(
 def warm_up(session: Session, length: int) -> None:
     """Run the programs that answers will need, so that none waits for a compilation.
 
-    Prompts of every size, and those with which a first round of decoding ends at every size; each
-    alone with alternatives, then without, and copied while the first is at work.
+    The shortest and the longest prompt of every size, and those with which a first round of
+    decoding ends at every size; each alone with alternatives, then without, and copied while the
+    first is at work.
     """
     sizes = [1]
     while sizes[-1] < length:
         sizes.append(size_for(sizes[-1] + 1))
-    ends = {size - less for size in sizes for less in (0, CHUNK)}
-    for prompt in ([0] * count for count in sorted(ends) if 0 < count < length):
+    counts = {size - less for size in sizes for less in (-1, 0, CHUNK)}
+    for prompt in ([0] * count for count in sorted(counts) if 0 < count < length):
         finish(session, Request(prompt, 1, top_logprobs=1))
         request = Request(prompt, min(2 * CHUNK, length - len(prompt)), 1.0, top_p=0.9)
         session.submit(request)

@@ -9,6 +9,7 @@ import pytest
 
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
+from medreason_jax.qwen2.decode_attention import XLA_DECODE
 from medreason_jax.qwen2.model import KEPT, unstack
 from tests.tiny import tiny_model
 
@@ -98,7 +99,7 @@ def test_prefill_and_decode_with_a_cache_equal_whole_rows(layers):
     while any(lengths[row] < len(rows[row]) for row in (0, 1)):
         ids = [rows[row][min(lengths[row], len(rows[row]) - 1)] for row in (0, 1)]
         h_BD, cache = network.decode(
-            params, jnp.asarray(ids), jnp.asarray(lengths), cache, int(lengths.max()) + 1
+            params, jnp.asarray(ids), jnp.asarray(lengths), cache, XLA_DECODE
         )
         for row in (0, 1):
             if lengths[row] < len(rows[row]):
