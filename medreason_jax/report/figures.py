@@ -158,6 +158,17 @@ def draw_panel(stage: str, panel: Panel, rows: Sequence[Row]) -> str | None:
         return render(figure, f"{stage} {panel.title}")
 
 
+def label_shares(axes: Axes, rows: Sequence[str], label: str, most: float) -> None:
+    """Named rows from the top down, shares to the right in percent, the legend above."""
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, most)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
+    axes.set_xlabel(label)
+    axes.grid(visible=False, axis="y")
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+
+
 def draw_accuracies(stages: Sequence[Stage]) -> str | None:
     """SVG of both accuracies of every evaluated stage with their 95% intervals."""
     stages = [stage for stage in stages if stage.evaluated]
@@ -178,13 +189,7 @@ def draw_accuracies(stages: Sequence[Stage]) -> str | None:
             for y, _, interval in known:
                 if interval is not None:
                     axes.plot(interval, [y, y], color=colour, linewidth=1.6)
-        axes.set_yticks(range(len(stages)), [stage.name for stage in stages])
-        axes.set_ylim(len(stages) - 0.5, -0.5)
-        axes.set_xlim(0, 1)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
-        axes.set_xlabel("correct (%), with 95% intervals")
-        axes.grid(visible=False, axis="y")
-        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        label_shares(axes, [stage.name for stage in stages], "correct (%), with 95% intervals", 1.0)
         return render(figure, "accuracies")
 
 
@@ -204,11 +209,5 @@ def draw_facts(recited: dict[str, dict[str, float]]) -> str | None:
             axes.barh(places, shares, height * 0.9, color=colour, label=part.replace("_", " "))
             for y, share in zip(places, shares, strict=True):
                 axes.text(share + 0.01, y, f"{100 * share:.0f}", va="center", fontsize=8)
-        axes.set_yticks(range(len(recited)), list(recited))
-        axes.set_ylim(len(recited) - 0.5, -0.5)
-        axes.set_xlim(0, 1.08)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
-        axes.set_xlabel("facts recited right (%)")
-        axes.grid(visible=False, axis="y")
-        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        label_shares(axes, list(recited), "facts recited right (%)", 1.08)
         return render(figure, "facts recited")
