@@ -152,7 +152,7 @@ class RunConfig(Strict):
     seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", "xla", "splash", "triton"] = "auto"
     remat: Literal["none", "context", "context+qkv", "full"] = "none"
     unroll: Positive = 1
     head_chunk: Positive = 2048

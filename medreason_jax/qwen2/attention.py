@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.gpu.attention import BlockSizes as TritonBlocks
+from jax.experimental.pallas.ops.gpu.attention import mha
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
@@ -82,12 +85,30 @@ def xla_attention(q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.
     )
 
 
-LANES = 128  # of a TPU's vector registers: splash takes times in multiples of it
+BLOCK = 128  # lanes of a TPU's vector registers; of queries in a GPU kernel
+
+
+def in_blocks(attend: Attend) -> Attend:
+    """The same of whole rows of any length: padded to a multiple of BLOCK, and cut again."""
+
+    def of_any_length(q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.Array:
+        require_segments(queries, keys)
+        T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+        if T != S:
+            raise ValueError(
+                f"attention of whole rows got {T} queries and {S} keys a row; set attention: xla"
+            )
+        more = -T % BLOCK  # places of segment 0
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
+        padded = jax.tree.map(pad, (q_BTNH, k_BSKH, v_BSKH, queries, keys))
+        return attend(*padded)[:, :T]
+
+    return of_any_length
 
 
 def largest_block(length: int, most: int) -> int:
-    """The largest divisor of `length` that is a multiple of LANES and at most `most`."""
-    return max(n for n in range(LANES, most + 1, LANES) if length % n == 0)
+    """The largest divisor of `length` that is a multiple of BLOCK and at most `most`."""
+    return max(n for n in range(BLOCK, most + 1, BLOCK) if length % n == 0)
 
 
 def splash_blocks(T: int, itemsize: int) -> BlockSizes:
@@ -116,17 +137,12 @@ def splash_attention(
 ) -> jax.Array:
     """TPU flash attention of whole rows, memory O(B N T), masked by row order and segment.
 
-    `queries` and `keys` are the same places. What the backward needs (context and log-sum-exp)
-    has the checkpoint name "context". `interpret` runs the kernel's program on any platform.
+    `queries` and `keys` are the same places, T a multiple of BLOCK. What the backward needs
+    (context and log-sum-exp) has the checkpoint name "context". `interpret` runs the kernel's
+    program on any platform.
     """
-    require_segments(queries, keys)
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    if T != S or T % LANES:
-        raise ValueError(
-            f"splash attention got {T} queries and {S} keys a row; allowed: whole rows, as long as "
-            f"a multiple of {LANES}; set length to a multiple of {LANES}, or attention: xla"
-        )
+    K = k_BSKH.shape[2]
     # Scaled in float32: 128**-0.5 is no bfloat16, rounding it first would bend every logit alike.
     scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     q_BKGTH = scaled_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -147,16 +163,67 @@ def splash_attention(
 
 
 def splash_kernel(shards: HeadShards | None, interpret: bool = False) -> Kernel:
-    return Kernel("splash", partial(splash_attention, interpret=interpret), shards)
+    return Kernel("splash", in_blocks(partial(splash_attention, interpret=interpret)), shards)
 
 
-KernelName = Literal["xla", "splash"]
+def triton_blocks(itemsize: int) -> TritonBlocks:
+    """Blocks of queries and keys that an H200's shared memory holds (heads of up to 128)."""
+    forward, backward = (64, 32) if itemsize > 2 else (128, 64)  # float32 takes twice the room
+    return TritonBlocks(forward, forward, backward, backward, backward, backward)
+
+
+def triton_attention(
+    q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places, interpret: bool = False
+) -> jax.Array:
+    """jax's flash attention for GPUs of whole rows, memory O(B N T), masked as splash is.
+
+    It has no groups: keys and values are repeated for every query head. What the backward needs
+    has the checkpoint name "context".
+    """
+    N, H = q_BTNH.shape[2:]
+    repeats = N // k_BSKH.shape[2]
+    settings = (H**-0.5, triton_blocks(q_BTNH.dtype.itemsize), interpret)
+    k_BSNH, v_BSNH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
+    return _triton(q_BTNH, k_BSNH, v_BSNH, queries.segments_BT, settings)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _triton(q_BTNH, k_BTNH, v_BTNH, segments_BT, settings):
+    return _triton_forward(q_BTNH, k_BTNH, v_BTNH, segments_BT, settings)[0]
+
+
+def _triton_forward(q_BTNH, k_BTNH, v_BTNH, segments_BT, settings):
+    """jax's, but with names on what the backward needs."""
+    scale, blocks, interpret = settings
+    inputs = (q_BTNH, k_BTNH, v_BTNH, segments_BT)
+    found = mha(*inputs, scale, True, blocks, interpret=interpret, return_residuals=True)
+    context_BTNH, lse_BNT = (checkpoint_name(x, "context") for x in found)
+    return context_BTNH, (*inputs, context_BTNH, lse_BNT)
+
+
+def _triton_backward(settings, kept, d_context_BTNH):
+    scale, blocks, interpret = settings
+    # implementation, warps, stages, grid, interpret, debug, return_residuals
+    options = ("triton", None, 2, None, interpret, False, False)
+    return mha.bwd(scale, True, blocks, *options, kept, d_context_BTNH)
+
+
+_triton.defvjp(_triton_forward, _triton_backward)
+
+
+def triton_kernel(shards: HeadShards | None, interpret: bool = False) -> Kernel:
+    return Kernel("triton", in_blocks(partial(triton_attention, interpret=interpret)), shards)
+
+
+KernelName = Literal["xla", "splash", "triton"]
 KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 
-# Ordered: (platform, largest head size or any, kernel, note). `auto` takes the first that fits.
+# Ordered: (platform, largest head size or any, kernel, note). `auto` takes the first that fits
+# (and, where the devices are here, passes its self-test).
 RESOLUTION: tuple[tuple[str, int | None, str, str | None], ...] = (
     ("tpu", 128, "splash", None),  # 8 to 128 compile; 256 overflows a v5e's vector memory
     ("tpu", None, "xla", "plain attention on TPU: memory O(B N T T)"),
+    ("gpu", 128, "triton", None),
     ("gpu", None, "xla", "plain attention on GPU: memory O(B N T T)"),
     ("cpu", None, "xla", None),
 )
@@ -183,9 +250,9 @@ def choose_kernel(
             f"attention: {name} does not run on {platform} with heads of {head_dim}; "
             f"allowed: {['auto', *notes]}"
         )
-    if name == "splash":
-        return splash_kernel(shards)
-    return Kernel(name, xla_attention, None, notes[name])
+    if name == "xla":
+        return Kernel(name, xla_attention, None, notes[name])
+    return {"splash": splash_kernel, "triton": triton_kernel}[name](shards)
 
 
 # Largest error that rounding explains, relative to the largest value of the array.
@@ -277,15 +344,39 @@ def check_kernel(
     T: int = 256,
 ) -> float:
     """The error of `self_test`, the largest of all processes; RuntimeError beyond TOLERANCE."""
-    advice = "set attention: xla"
+    advice, failure = "set attention: xla", None
     try:
         error = self_test(kernel, heads, kv_heads, head_dim, dtype, T)
-    except Exception as failure:  # the compiler's own errors name no setting
-        raise RuntimeError(f"attention kernel {kernel.name!r} does not run; {advice}") from failure
+    except Exception as caught:  # the compiler's own errors name no setting
+        error, failure = float("inf"), caught
     worst, allowed = largest_over_processes(error), tolerance(dtype)
+    if worst == float("inf"):
+        raise RuntimeError(f"attention kernel {kernel.name!r} does not run; {advice}") from failure
     if not worst <= allowed:  # so that NaN fails
         raise RuntimeError(
             f"attention kernel {kernel.name!r} is wrong on packed rows: relative error "
             f"{worst:.2g}, allowed {allowed:.2g} in {jnp.dtype(dtype).name}; {advice}"
         )
     return worst
+
+
+def choose_checked_kernel(
+    requested: Literal["auto"] | KernelName,
+    platform: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    shards: HeadShards | None,
+) -> Kernel:
+    """`choose_kernel`'s where it passes `check_kernel` here; with `auto` else the plain one."""
+    kernel = choose_kernel(requested, platform, head_dim, shards)
+    try:
+        check_kernel(kernel, heads, kv_heads, head_dim, dtype)
+    except RuntimeError as error:
+        plain = choose_kernel("xla", platform, head_dim, shards)
+        if requested != "auto" or plain.name == kernel.name:
+            raise
+        check_kernel(plain, heads, kv_heads, head_dim, dtype)
+        kernel = plain.replace(note=f"{plain.note}, because {error}")
+    return kernel

@@ -14,7 +14,7 @@ from medreason_jax.config import MeshConfig
 from medreason_jax.data.chat import ChatTokenizer
 from medreason_jax.generate.engine import Engine
 from medreason_jax.mesh import HeadShards, Sharder, TokenShards, make_mesh, make_sharder
-from medreason_jax.qwen2.attention import KernelName, check_kernel, choose_kernel
+from medreason_jax.qwen2.attention import KernelName, choose_checked_kernel, choose_kernel
 from medreason_jax.qwen2.folder import ADAPTER, PARAMS, Description, ModelFolder
 from medreason_jax.qwen2.huggingface import import_params
 from medreason_jax.qwen2.lora import Lora, merge_adapter, split_adapter, with_adapter
@@ -154,8 +154,12 @@ def make_compute(
             f"unroll={unroll} does not divide the model's {sizes.num_hidden_layers} layers"
         )
     device = sharder.mesh.devices.flat[0]
-    kernel = choose_kernel(attention, device.platform, sizes.head_dim, HeadShards(sharder.mesh))
-    if device in jax.devices():  # not one that is only compiled for
-        heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
-        check_kernel(kernel, heads, kv_heads, sizes.head_dim, jnp.dtype(dtype))
+    shards, head_dim = HeadShards(sharder.mesh), sizes.head_dim
+    if device in jax.devices():
+        heads = sizes.num_attention_heads, sizes.num_key_value_heads, head_dim
+        kernel = choose_checked_kernel(
+            attention, device.platform, *heads, jnp.dtype(dtype), shards
+        )
+    else:  # only compiled for
+        kernel = choose_kernel(attention, device.platform, head_dim, shards)
     return Compute(jnp.dtype(dtype), kernel, sharder, remat, unroll)

@@ -1,6 +1,6 @@
 """The attention kernels against a float64 loop over documents and heads, and against each other.
 
-The splash kernel runs in Pallas' interpreter here; tests/qwen2/test_attention_aot.py compiles it.
+The splash and triton kernels run in Pallas' interpreter here; test_attention_aot.py compiles them.
 """
 
 import jax
@@ -15,18 +15,26 @@ from medreason_jax.qwen2.attention import (
     Places,
     attend_documents,
     check_kernel,
+    choose_checked_kernel,
     choose_kernel,
     largest_block,
     pack_test_rows,
     self_test,
     splash_blocks,
     splash_kernel,
+    triton_kernel,
     xla_attention,
 )
 
 FLOAT32_ERROR = 1e-5
 XLA = Kernel("xla", xla_attention)
 SPLASH = splash_kernel(None, interpret=True)
+TRITON = triton_kernel(None, interpret=True)
+every_kernel = pytest.mark.parametrize(
+    "kernel", [XLA, SPLASH, TRITON], ids=lambda kernel: kernel.name
+)
+flash_kernels = pytest.mark.parametrize("kernel", [SPLASH, TRITON], ids=lambda kernel: kernel.name)
+make_flash = pytest.mark.parametrize("make", [splash_kernel, triton_kernel])
 
 
 def draw_inputs(B: int, T: int, N: int, K: int, H: int):
@@ -90,8 +98,15 @@ def test_one_query_over_a_cache_equals_the_whole_row():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (7, 1, 128), (4, 2, 32)])
-def test_splash_equals_the_loop_forward_and_backward(heads, kv_heads, head_dim):
-    assert self_test(SPLASH, heads, kv_heads, head_dim) < FLOAT32_ERROR
+@flash_kernels
+def test_flash_equals_the_loop_forward_and_backward(kernel, heads, kv_heads, head_dim):
+    assert self_test(kernel, heads, kv_heads, head_dim) < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("T", [16, 136, 512])
+@flash_kernels
+def test_flash_takes_rows_of_any_length(kernel, T):
+    assert self_test(kernel, 4, 2, 32, T=T) < FLOAT32_ERROR
 
 
 def test_splash_equals_the_loop_over_several_blocks(monkeypatch):
@@ -100,7 +115,7 @@ def test_splash_equals_the_loop_over_several_blocks(monkeypatch):
     assert self_test(SPLASH, 4, 2, 64, T=512) < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize("kernel", [XLA, SPLASH], ids=lambda kernel: kernel.name)
+@every_kernel
 def test_bfloat16_stays_in_tolerance_and_padding_finite(kernel):
     check_kernel(kernel, 4, 2, 64, jnp.bfloat16)
     q, k, v, _ = draw_inputs(2, 128, 4, 2, 64)
@@ -113,9 +128,10 @@ def test_bfloat16_stays_in_tolerance_and_padding_finite(kernel):
     [((2, 2, 2), 4, 2), ((1, 2, 4), 8, 2)],
     ids=["heads split", "tensor above kv heads"],
 )
-def test_splash_on_a_mesh_equals_the_reference_on_one_device(mesh_shape, heads, kv_heads):
+@make_flash
+def test_flash_on_a_mesh_equals_the_reference_on_one_device(make, mesh_shape, heads, kv_heads):
     inputs, places = draw_inputs(4, 128, heads, kv_heads, 64), packed_places(4, 128)
-    kernel = splash_kernel(HeadShards(make_mesh(*mesh_shape)), interpret=True)
+    kernel = make(HeadShards(make_mesh(*mesh_shape)), interpret=True)
     found = context_and_gradients(kernel, *inputs, places)
     wanted = context_and_gradients(XLA, *inputs, places)
     for x, y in zip(found, wanted, strict=True):
@@ -141,7 +157,7 @@ def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
         kernel(q, k, v, places, places)
 
 
-@pytest.mark.parametrize("kernel", [XLA, SPLASH], ids=lambda kernel: kernel.name)
+@every_kernel
 @pytest.mark.parametrize("shards", [False, True])
 def test_missing_segment_ids_are_refused(kernel, shards):
     q, k, v, _ = draw_inputs(4, 128, 4, 2, 8)
@@ -151,11 +167,11 @@ def test_missing_segment_ids_are_refused(kernel, shards):
         kernel(q, k, v, places, places)
 
 
-@pytest.mark.parametrize(("T", "S"), [(100, 100), (128, 256)])
-def test_splash_refuses_what_is_no_whole_row_of_128s(T, S):
-    (q, *_), (_, k, v, _) = draw_inputs(2, T, 4, 2, 64), draw_inputs(2, S, 4, 2, 64)
-    with pytest.raises(ValueError, match=f"{T} queries and {S} keys.*of 128.*attention: xla"):
-        SPLASH(q, k, v, packed_places(2, T), packed_places(2, S))
+@flash_kernels
+def test_flash_refuses_what_is_no_whole_row(kernel):
+    (q, *_), (_, k, v, _) = draw_inputs(2, 128, 4, 2, 64), draw_inputs(2, 256, 4, 2, 64)
+    with pytest.raises(ValueError, match="128 queries and 256 keys.*attention: xla"):
+        kernel(q, k, v, packed_places(2, 128), packed_places(2, 256))
 
 
 @pytest.mark.parametrize(
@@ -165,19 +181,28 @@ def test_blocks_divide_the_row(T, most, block):
     assert largest_block(T, most) == block
 
 
-@pytest.mark.parametrize(("kept", "calls"), [((), 3), (("context",), 2)])
-def test_the_forward_kernel_is_not_run_again_where_context_is_kept(kept, calls):
-    """Counted in the program lowered for a TPU, which needs none."""
+@pytest.mark.parametrize(("kept", "again"), [((), 1), (("context",), 0)])
+@pytest.mark.parametrize(
+    ("make", "platform", "call", "calls"),
+    [  # splash: forward and backward have one name
+        (splash_kernel, "tpu", " call @_splash_attention", 2),
+        (triton_kernel, "cuda", 'name = "mha_forward"', 1),
+    ],
+)
+def test_the_forward_kernel_is_not_run_again_where_context_is_kept(
+    make, platform, call, calls, kept, again
+):
+    """Counted in the program lowered for an accelerator, which needs none."""
     inputs, places = draw_inputs(2, 128, 4, 2, 64)[:3], packed_places(2, 128)
-    compiled_splash = splash_kernel(None)
+    kernel = make(None)
 
     def attend(*qkv):
-        return jnp.sum(compiled_splash(*qkv, places, places) ** 2)
+        return jnp.sum(kernel(*qkv, places, places) ** 2)
 
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
     step = jax.value_and_grad(jax.checkpoint(attend, policy=policy), argnums=(0, 1, 2))
-    lowered = jax.jit(step).trace(*inputs).lower(lowering_platforms=("tpu",))
-    assert lowered.as_text().count(" call @_splash_attention") == calls
+    lowered = jax.jit(step).trace(*inputs).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count(call) == calls + again
 
 
 def drop_segments(q, k, v, queries, keys):
@@ -232,14 +257,15 @@ def test_the_worst_process_decides(monkeypatch):
         ("tpu", 64, "splash"),
         ("tpu", 128, "splash"),
         ("tpu", 256, "xla"),
-        ("gpu", 64, "xla"),
+        ("gpu", 64, "triton"),
+        ("gpu", 256, "xla"),
         ("cpu", 64, "xla"),
     ],
 )
 def test_auto_names_one_kernel(platform, head_dim, name):
     kernel = choose_kernel("auto", platform, head_dim, None)
     assert kernel.name == name
-    assert (kernel.note is None) == (name == "splash" or platform == "cpu")
+    assert (kernel.note is None) == (name != "xla" or platform == "cpu")
     assert choose_kernel("xla", platform, head_dim, None).name == "xla"
 
 
@@ -248,6 +274,8 @@ def test_auto_names_one_kernel(platform, head_dim, name):
     [
         ("splash", "cpu", 64, r"splash does not run on cpu.*allowed: \['auto', 'xla'\]"),
         ("splash", "gpu", 64, "splash does not run on gpu"),
+        ("triton", "tpu", 64, "triton does not run on tpu"),
+        ("triton", "gpu", 256, r"triton does not run on gpu with heads of 256; .*'xla'"),
         ("splash", "tpu", 256, "splash does not run on tpu with heads of 256"),
         ("auto", "npu", 64, r"no attention kernel for platform 'npu'; allowed: \['cpu', 'gpu'"),
     ],
@@ -257,7 +285,19 @@ def test_a_kernel_that_a_platform_has_not_is_refused(requested, platform, head_d
         choose_kernel(requested, platform, head_dim, None)
 
 
-def test_a_model_on_gpus_gets_the_plain_kernel_and_says_so(capsys, monkeypatch, tmp_path):
+def test_auto_takes_the_plain_kernel_where_the_first_choice_fails(monkeypatch):
+    """The GPU's kernel does not run on a CPU."""
+    kernel = choose_checked_kernel("auto", "gpu", 4, 2, 64, jnp.float32, None)
+    assert kernel.name == "xla"
+    assert "memory O(B N T T), because attention kernel 'triton' does not run" in kernel.note
+    with pytest.raises(RuntimeError, match="'triton' does not run; set attention: xla"):
+        choose_checked_kernel("triton", "gpu", 4, 2, 64, jnp.float32, None)
+    monkeypatch.setattr(attention, "xla_attention", drop_segments)
+    with pytest.raises(RuntimeError, match="'xla' is wrong on packed rows"):
+        choose_checked_kernel("auto", "gpu", 4, 2, 64, jnp.float32, None)
+
+
+def test_a_model_with_the_plain_kernel_says_so(capsys, monkeypatch, tmp_path):
     from medreason_jax.config import MeshConfig
     from medreason_jax.data.chat import ChatTokenizer
     from medreason_jax.data.tokenizer_training import train_tokenizer
@@ -269,8 +309,8 @@ def test_a_model_on_gpus_gets_the_plain_kernel_and_says_so(capsys, monkeypatch, 
     _, network, params, _ = tiny_model()
     tokenizer = ChatTokenizer(tmp_path / "tokenizer")
     save_model(tmp_path / "model", params, Description(network.sizes), tokenizer)
-    as_on_gpu = lambda requested, platform, *rest: choose_kernel(requested, "gpu", *rest)  # noqa: E731
-    monkeypatch.setattr(load, "choose_kernel", as_on_gpu)
+    as_on_gpu = lambda name, platform, *rest: choose_checked_kernel(name, "gpu", *rest)  # noqa: E731
+    monkeypatch.setattr(load, "choose_checked_kernel", as_on_gpu)
     loaded = load.open_model(ModelFolder(tmp_path / "model"), MeshConfig(), "float32")
     assert loaded.network.compute.attention.name == "xla"
     assert "attention: plain attention on GPU" in capsys.readouterr().err
