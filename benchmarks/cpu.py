@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from contestants import CONTESTANTS, Task, write_model
 
 FIELDS = {
     "vocab_size": 8192,
@@ -37,224 +38,14 @@ FIELDS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.06,
 }
-B, T, RATE = 4, 512, 1e-4
-PROMPTS, PROMPT, NEW = 8, 32, 128
-THREADS = 2
-# By name: "step" makes one update and returns the loss before it, "decode" returns token ids.
-Work = dict[str, Callable[[], Any]]
-
-
-def tokens_BT():
-    import numpy as np
-
-    return np.random.default_rng(1).integers(1, FIELDS["vocab_size"], (B, T))
-
-
-def prompts() -> list[list[int]]:
-    import numpy as np
-
-    shape = (PROMPTS, PROMPT)
-    return np.random.default_rng(2).integers(1, FIELDS["vocab_size"], shape).tolist()
-
-
-def write_model(folder: Path) -> None:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**FIELDS)).save_pretrained(folder)
-
-
-def medreason(folder: Path) -> Work:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from medreason_jax.generate.engine import Engine
-    from medreason_jax.generate.sampling import Sampling
-    from medreason_jax.mesh import make_mesh, make_sharder
-    from medreason_jax.qwen2.huggingface import import_params
-    from medreason_jax.qwen2.load import make_compute
-    from medreason_jax.qwen2.model import abstract_params, make_network
-    from medreason_jax.qwen2.sizes import read_sizes
-    from medreason_jax.qwen2.tensor_files import TensorFiles
-    from medreason_jax.train.objectives import language_modelling
-    from medreason_jax.train.optimizer import make_optimizer, make_schedule
-    from medreason_jax.train.program import make_policy
-    from medreason_jax.train.step import init_state, make_train_step
-
-    sizes = read_sizes(json.loads((folder / "config.json").read_text()))
-    sharder = make_sharder(make_mesh(1, 1, 1), sizes.num_attention_heads, sizes.num_key_value_heads)
-    unrolled = make_compute(sharder, sizes, "float32", unroll=sizes.num_hidden_layers)
-    network, _ = make_network(sizes, unrolled)
-    abstract = abstract_params(sizes)
-    params = import_params(TensorFiles(folder), abstract, sharder.tree(abstract))
-    optimizer = make_optimizer(
-        make_schedule("constant", RATE, steps=1000, warmup_steps=0, final_ratio=1.0),
-        b1=0.9,
-        b2=0.999,
-        weight_decay=0.0,
-        clip_norm=float("inf"),
-    )
-    objective = language_modelling(make_policy(network, sharder, None, chunk=2048))
-    state = init_state(params, optimizer)
-    step = make_train_step(objective, optimizer, sharder, state, accumulation=1)
-    tokens = tokens_BT().astype(np.int32)
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "weights": np.broadcast_to(np.arange(T) < T - 1, (B, T)).astype(np.float32),
-        "segments": np.ones((B, T), np.int32),
-        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-    }
-    batch = jax.tree.map(jnp.asarray, batch)
-
-    def train() -> float:
-        nonlocal state
-        state, metrics = step(state, {}, batch)
-        return float(jax.block_until_ready((state, metrics))[1]["loss"])
-
-    never = FIELDS["vocab_size"]  # no token ends an answer
-    engine = Engine(network, sharder.mesh, slots=PROMPTS, end_id=never, pad_id=0)
-    weights = import_params(TensorFiles(folder), abstract, sharder.tree(abstract))
-    greedy = Sampling(0.0, 0, 1.0, NEW)
-
-    def decode() -> list[list[int]]:
-        return [done.ids for done in engine.generate(weights, prompts(), greedy, seed=0)]
-
-    return {"step": train, "decode": decode}
-
-
-def torch(folder: Path) -> Work:
-    import torch
-    from transformers import Qwen2ForCausalLM
-
-    torch.set_num_threads(THREADS)
-    model = Qwen2ForCausalLM.from_pretrained(str(folder), dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    tokens = torch.from_numpy(tokens_BT())
-
-    def train() -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    answering = Qwen2ForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    asked = torch.tensor(prompts())
-
-    def decode() -> list[list[int]]:
-        with torch.inference_mode():
-            out = answering.generate(
-                asked,
-                attention_mask=torch.ones_like(asked),
-                do_sample=False,
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-                pad_token_id=0,
-            )
-        return out[:, PROMPT:].tolist()
-
-    return {"step": train, "decode": decode}
-
-
-def tunix(folder: Path) -> Work:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-    from flax import nnx
-    from tunix.generate.sampler import CacheConfig, Sampler
-    from tunix.models.qwen2 import model as qwen2
-    from tunix.models.qwen2.params import create_model_from_safe_tensors
-    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
-
-    config = qwen2.ModelConfig(
-        num_layers=FIELDS["num_hidden_layers"],
-        vocab_size=FIELDS["vocab_size"],
-        embed_dim=FIELDS["hidden_size"],
-        hidden_dim=FIELDS["intermediate_size"],
-        num_heads=FIELDS["num_attention_heads"],
-        head_dim=FIELDS["hidden_size"] // FIELDS["num_attention_heads"],
-        num_kv_heads=FIELDS["num_key_value_heads"],
-        rope_theta=int(FIELDS["rope_theta"]),
-        norm_eps=FIELDS["rms_norm_eps"],
-        use_tied_embedding=False,
-    )
-    axes = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=axes)
-    jax.set_mesh(mesh)
-    model, answering = (
-        create_model_from_safe_tensors(str(folder), config, mesh, dtype=jnp.float32)
-        for _ in range(2)
-    )
-    trainer = PeftTrainer(
-        model,
-        optax.adamw(RATE, weight_decay=0.0),
-        TrainingConfig(eval_every_n_steps=10**9, max_steps=10**9),
-    )
-    step, _ = trainer.jit_train_and_eval_step()
-    batch = {
-        "input_tokens": jnp.asarray(tokens_BT(), jnp.int32),
-        "input_mask": jnp.ones((B, T), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(T), (B, T)),
-        "attention_mask": jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T)),
-    }
-
-    def train() -> float:
-        loss = step(batch)[0]
-        jax.block_until_ready(nnx.state(trainer.model))
-        return float(loss)
-
-    asked, never = prompts(), FIELDS["vocab_size"] + 7
-
-    class Numbers:
-        """A tokenizer whose texts are the prompts' numbers."""
-
-        def encode(self, text):
-            return asked[int(text)]
-
-        def decode(self, ids):
-            return ""
-
-        def bos_id(self):
-            return None
-
-        def eos_id(self):
-            return never
-
-        def pad_id(self):
-            return 0
-
-    room = CacheConfig(
-        cache_size=PROMPT + NEW,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
-    sampler = Sampler(answering, Numbers(), room)
-
-    def decode() -> list[list[int]]:
-        out = sampler(
-            [str(number) for number in range(PROMPTS)],
-            max_generation_steps=NEW,
-            max_prompt_length=PROMPT,
-            eos_tokens=[never],
-        )
-        return [np.asarray(tokens).tolist() for tokens in out.tokens]
-
-    return {"step": train, "decode": decode}
-
-
-CONTESTANTS = {"medreason": medreason, "torch": torch, "tunix": tunix}
+TASK = Task(FIELDS, rows=4, length=512, prompts=8, prompt=32, new=128, unroll=4)
 
 
 def work(name: str, folder: Path) -> None:
     """What each line of standard input names; result and seconds on standard output."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    able = CONTESTANTS[name](folder)
+    able = CONTESTANTS[name](TASK, folder)
     for line in sys.stdin:
         start = time.perf_counter()
         result = able[line.strip()]()
@@ -268,7 +59,7 @@ class Contestant:
     def __init__(self, name: str, folder: Path):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "OMP_NUM_THREADS": str(THREADS),
+            "OMP_NUM_THREADS": str(TASK.threads),
             "OMP_WAIT_POLICY": "PASSIVE",
             "TF_CPP_MIN_LOG_LEVEL": "2",
         }
@@ -316,7 +107,7 @@ def check_decode(contestants: list[Contestant]) -> None:
 def compare(what: str, peers: list[str], repetitions: int, bars: dict[str, float]) -> None:
     """Print times and ratios; exit code 1 where a ratio is below the peer's bar."""
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        write_model(TASK, Path(folder))
         contestants = [Contestant(name, Path(folder)) for name in ["medreason", *peers]]
         check = check_step if what == "step" else check_decode
         check(contestants)

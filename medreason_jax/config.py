@@ -250,6 +250,7 @@ class PPOConfig(RunConfig):
     value_clip: Annotated[float, Field(gt=0)] = 0.2
     value_coef: Annotated[float, Field(ge=0)] = 1.0
     critic_rate: Annotated[float, Field(gt=0)] | None = None
+    critic_warmup: Annotated[int, Field(ge=0)] = 0  # iterations that train the critic alone
     reward_true: float = 1.0
     reward_false: float = 0.1
     reward_unformatted: float = 0.0
@@ -260,6 +261,11 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"length={self.length} leaves no room for a prompt beside "
                 f"max_new_tokens={self.max_new_tokens}; raise length"
+            )
+        if self.critic_warmup >= self.iterations:
+            raise ValueError(
+                f"critic_warmup={self.critic_warmup} leaves none of iterations={self.iterations} "
+                "to train the policy; lower critic_warmup"
             )
         if self.rollouts % self.minibatches:
             raise ValueError(

@@ -1,9 +1,12 @@
-"""Fixtures: real data where it is present, and a tiny model with weights that hide nothing."""
+"""Fixtures: real data where it is present, and a small tokenizer."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+from medreason_jax.data.chat import ChatTokenizer
+from medreason_jax.data.tokenizer_training import train_tokenizer
 
 DATA = Path(os.environ.get("MEDREASON_DATA", "../shared/data"))
 
@@ -14,3 +17,16 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real data in {DATA}; set MEDREASON_DATA")
     return DATA.resolve()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "tokenizer"
+    texts = ["Velotan is given 2 times a day.", "高血圧には何を使いますか。"]
+    train_tokenizer(texts * 10, 320, "Answer.", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer_folder):
+    return ChatTokenizer(tokenizer_folder)

@@ -157,9 +157,7 @@ def make_compute(
     shards, head_dim = HeadShards(sharder.mesh), sizes.head_dim
     if device in jax.devices():
         heads = sizes.num_attention_heads, sizes.num_key_value_heads, head_dim
-        kernel = choose_checked_kernel(
-            attention, device.platform, *heads, jnp.dtype(dtype), shards
-        )
+        kernel = choose_checked_kernel(attention, device.platform, *heads, jnp.dtype(dtype), shards)
     else:  # only compiled for
         kernel = choose_kernel(attention, device.platform, head_dim, shards)
     return Compute(jnp.dtype(dtype), kernel, sharder, remat, unroll)

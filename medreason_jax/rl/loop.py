@@ -35,6 +35,7 @@ from medreason_jax.train.run import (
     resolved,
     way_to,
 )
+from medreason_jax.train.speed import Phases
 from medreason_jax.train.step import init_state, make_train_step
 
 
@@ -61,7 +62,10 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     steps = config.iterations * config.ppo_epochs * config.minibatches
     rate = config.optimizer.learning_rate
     scale = 1.0 if config.critic_rate is None else config.critic_rate / rate
-    optimizer, _ = optimizer_of(config.optimizer, steps, (Rate(r"^critic\.", scale),))
+    rates = (Rate(r"^critic\.", scale),)
+    optimizer, _ = optimizer_of(config.optimizer, steps, rates)
+    # The same state: what is frozen keeps its place, and its moments stay 0.
+    warmup, _ = optimizer_of(config.optimizer, steps, rates, first=(Rate(r"^policy\.", 0.0),))
     trainable, frozen = place_split(
         model.params, model.network, model.sharder, lora, needs_reference=True, key=key
     )
@@ -69,7 +73,10 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     critic = jax.device_put(critic, replicated(model.mesh))
     state = init_state({"policy": trainable, "critic": critic}, optimizer)
     objective = proximal_policy(policy, config.clip, config.value_clip, config.value_coef)
-    step = make_train_step(objective, optimizer, model.sharder, state, config.accumulation)
+    step, warmup_step = (
+        make_train_step(objective, each, model.sharder, state, config.accumulation)
+        for each in (optimizer, warmup)
+    )
     score_rollouts = make_rollout_scorer(policy, config.kl_coef, config.gamma, config.gae_lambda)
 
     if jax.process_index() == 0:
@@ -78,8 +85,10 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     state, done = run.start(state, model.sharder)
     table = RolloutTable(config.folder / "rollouts.jsonl", done, jax.process_index() == 0)
     bar = progress_bar(config.folder.name, config.iterations, done)
+    phases = Phases(config.folder, run.main)
 
     for iteration in range(done + 1, config.iterations + 1):
+        phases.begin()
         chosen = problem_numbers(len(problems), config.rollouts, iteration - 1, config.seed)
         batch_prompts = [prompts[n] for n in chosen]
         seed = int(np.random.default_rng((config.seed, iteration, 2)).integers(2**31))
@@ -90,6 +99,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
             judgement = judge_response(text, problems[chosen[place]], rewards)
             rollouts[place] = completion, text, judgement
         completions, texts, judged = zip(*(rollouts[n] for n in range(len(chosen))), strict=True)
+        phases.end_of("generate")
         table.write(iteration, [problems[n]["id"] for n in chosen], texts, judged)
 
         rows = rollout_rows(batch_prompts, completions, config.length, model.tokenizer.pad_id)
@@ -100,10 +110,12 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
             state.params, frozen, batch, score_B["score"]
         )
         host_rows = gather_to_host(training_rows)
+        phases.end_of("score")
         update_metrics = []
         for numbers in minibatch_numbers(config, iteration):
             minibatch = put_batch(model.mesh, {name: x[numbers] for name, x in host_rows.items()})
-            state, metrics = step(state, frozen, minibatch)
+            update = step if iteration > config.critic_warmup else warmup_step
+            state, metrics = update(state, frozen, minibatch)
             update_metrics.append(metrics)
 
         values = (
@@ -111,9 +123,10 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
             | floats(rollout_metrics)
             | reward_metrics(judged, completions)
         )
+        phases.end_of("update")
         run.halt_if_broken(values, iteration)
         del values["halted"]
-        run.write(iteration, values, {})
+        run.write(iteration, values, phases.line(iteration, config.rollouts))
         if dev is not None and (dev.is_due(iteration) or iteration == config.iterations):
             run.write(iteration, dev.measure(state.params["policy"], frozen), {})
         bar.set_postfix_str(f"reward {values['reward']:.3f} kl {values['kl']:.3f}", refresh=False)
@@ -124,6 +137,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
         if stop:
             run.stop(iteration, config.iterations)
     bar.close()
+    phases.close()
     table.close()
     facts = {"kind": "ppo", "steps": steps, "parent": way_to(config), "problems": len(problems)}
     return run.finish(state.params["policy"], model, lora, facts)

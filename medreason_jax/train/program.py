@@ -121,8 +121,13 @@ def abstract_split(
     return tuple(abstract_like(tree, sharder.tree(tree)) for tree in trees)
 
 
-def optimizer_of(config: OptimizerConfig, steps: int, rates: tuple[Rate, ...] = ()):
-    """(optimizer, schedule); the config's own rate rules go before `rates`."""
+def optimizer_of(
+    config: OptimizerConfig,
+    steps: int,
+    rates: tuple[Rate, ...] = (),
+    first: tuple[Rate, ...] = (),
+):
+    """(optimizer, schedule); the config's own rate rules go before `rates`, after `first`."""
     warmup = int(config.warmup_ratio * steps)
     schedule = make_schedule(
         config.schedule, config.learning_rate, steps, warmup, config.final_ratio
@@ -137,6 +142,6 @@ def optimizer_of(config: OptimizerConfig, steps: int, rates: tuple[Rate, ...] = 
         nu_dtype=config.nu_dtype,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
-        rates=[*own, *rates],
+        rates=[*first, *own, *rates],
     )
     return optimizer, schedule

@@ -102,3 +102,41 @@ class Speed:
             self.file.close()
         lost = {f"{name}_seconds": round(seconds, 1) for name, seconds in self.lost.items()}
         return {"goodput": round(self.goodput, 4), **lost}
+
+
+class Phases:
+    """Seconds of the parts of an iteration, one line each in `speed.jsonl`; this attempt's only."""
+
+    def __init__(self, folder: Path, active: bool):
+        self.file = (folder / "speed.jsonl").open("a", encoding="utf-8") if active else None
+        self.begun = self.last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def begin(self) -> None:
+        self.begun = self.last = time.monotonic()
+        self.seconds = {}
+
+    def end_of(self, phase: str) -> None:
+        """What happened since the phase before was this one; its results are on the host."""
+        now = time.monotonic()
+        self.seconds[f"{phase}_seconds"], self.last = now - self.last, now
+
+    def line(self, unit: int, samples: int) -> dict[str, float]:
+        """Of the iteration that ends here, the phases and the rest of it."""
+        whole = time.monotonic() - self.begun
+        values = {
+            "samples_per_second": samples / whole,
+            "iteration_seconds": whole,
+            **self.seconds,
+        }
+        memory = jax.local_devices()[0].memory_stats()
+        if memory is not None:
+            values["peak_bytes"] = memory["peak_bytes_in_use"]
+        if self.file is not None:
+            self.file.write(json.dumps({"step": unit, **values}) + "\n")
+            self.file.flush()
+        return values
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()

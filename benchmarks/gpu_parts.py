@@ -1,0 +1,508 @@
+"""The parts of `gpu.py`: each gives (figure, measure); a measure returns what its line holds.
+
+B rows, T tokens of a row, N query heads, K key/value heads, H head size, D model, F feed-forward,
+V vocabulary. Floors are the arithmetic's time at this card's own matrix product and copy rates.
+"""
+
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from contestants import Task, config_of, medreason
+
+ROOT = Path(__file__).resolve().parents[1]
+Record = dict[str, Any]
+Figures = Iterator[tuple[str, Callable[[], Record]]]
+REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Shapes, and this card's rates for the floors."""
+
+    models: dict[str, dict[str, Any]]  # fields of config.json by size
+    length: int
+    tokens: tuple[int, ...]  # of a step, tried from the first
+    head: tuple[int, int, int]  # tokens, D, V
+    batches: tuple[int, ...]  # of decoding
+    prompt: int
+    new: int
+    ppo: tuple[int, int, int]  # rollouts, prompt, new tokens
+    device: str
+    dtype: str
+    flops: float = 790e12
+    bandwidth: float = 4.3e12
+
+
+def scale(tiny: bool, ceilings: list[Record]) -> Scale:
+    if tiny:
+        fields = fields_of("0.5b") | {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_window_layers": 2,
+            "max_position_embeddings": 512,
+        }
+        models = dict.fromkeys(("0.5B", "1.5B", "7B"), fields)
+        return Scale(
+            models, 128, (256,), (128, 64, 512), (1, 4), 16, 16, (8, 16, 16), "cpu", "float32"
+        )
+    models = {size.upper(): fields_of(size) for size in ("0.5b", "1.5b", "7b")}
+    full = Scale(
+        models,
+        length=4096,
+        tokens=(32768, 16384, 8192),
+        head=(8192, 4096, 131072),
+        batches=(1, 64, 256, 512),
+        prompt=512,
+        new=512,
+        ppo=(512, 256, 512),
+        device="cuda",
+        dtype="bfloat16",
+    )
+    products = [r["tflops"] for r in ceilings if "tflops" in r]
+    copies = [r["tb_per_second"] for r in ceilings if "tb_per_second" in r]
+    if not (products and copies):
+        return full
+    return replace(full, flops=1e12 * max(products), bandwidth=1e12 * max(copies))
+
+
+def fields_of(size: str) -> dict[str, Any]:
+    path = ROOT / "configs" / "models" / f"qwen2.5-{size}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def seconds_of(call: Callable[[], Any], inner: int = 1) -> list[float]:
+    """Of each repetition, once it has been compiled and run."""
+    call()
+    times = []
+    for _ in range(REPETITIONS):
+        begun = time.perf_counter()
+        for _ in range(inner):
+            call()
+        times.append((time.perf_counter() - begun) / inner)
+    return times
+
+
+def rate(amount: float, unit: str, times: list[float], floor_seconds: float | None) -> Record:
+    seconds = statistics.median(times)
+    record = {"value": amount / seconds, "unit": unit, "times": [min(times), max(times)]}
+    if floor_seconds is not None:
+        record["floor"] = amount / floor_seconds
+    return record
+
+
+def milliseconds(times: list[float], floor_seconds: float | None) -> Record:
+    record = {"value": 1e3 * statistics.median(times), "unit": "ms"}
+    record["times"] = [min(times), max(times)]
+    if floor_seconds is not None:
+        record["floor"] = 1e3 * floor_seconds
+    return record
+
+
+def peak_gib() -> float | None:
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else round(stats["peak_bytes_in_use"] / 2**30, 2)
+
+
+# --- what the card can do -----------------------------------------------------------------------
+
+
+def ceilings(s: Scale) -> Figures:
+    yield "machine", machine
+    for size, fields in s.models.items():
+        D, F, V = (fields[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
+        for n in (F, V):
+            yield f"product {size}, {s.tokens[-1]} x {D} x {n}", partial(product, s, D, n)
+    yield "copy", partial(copy, s)
+
+
+def machine() -> Record:
+    import jax
+    import jaxlib
+
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        record["nvidia_smi"] = said.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        record["nvidia_smi"] = "not there"
+    for name in ("torch", "transformers", "trl", "peft", "liger-kernel", "google-tunix", "tokamax"):
+        try:
+            record[name] = version(name)
+        except PackageNotFoundError:
+            record[name] = "not installed"
+    return record
+
+
+def product(s: Scale, D: int, n: int) -> Record:
+    import jax
+    import jax.numpy as jnp
+
+    M = s.tokens[-1]
+    a, b = jnp.ones((M, D), s.dtype), jnp.ones((D, n), s.dtype)
+    call = jax.jit(jnp.dot)
+    times = seconds_of(lambda: jax.block_until_ready(call(a, b)), inner=10)
+    tflops = 2 * M * D * n / statistics.median(times) / 1e12
+    return milliseconds(times, None) | {"tflops": round(tflops, 3)}
+
+
+def copy(s: Scale) -> Record:
+    import jax
+    import jax.numpy as jnp
+
+    size = 2**31 if s.device == "cuda" else 2**24
+    x = jnp.ones(size // 4, jnp.float32)
+    call = jax.jit(lambda x: x + 1)
+    times = seconds_of(lambda: jax.block_until_ready(call(x)), inner=5)
+    return milliseconds(times, None) | {
+        "tb_per_second": round(2 * size / statistics.median(times) / 1e12, 3)
+    }
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def attention(s: Scale) -> Figures:
+    shapes = {64: s.models["0.5B"], 128: s.models["7B"]}
+    for H, fields in shapes.items():
+        N, K = fields["num_attention_heads"], fields["num_key_value_heads"]
+        for documents in (1, 8):
+            kind = "causal" if documents == 1 else f"{documents} documents a row"
+            for name in candidates():
+                figure = f"attention {name}, {N}/{K} heads of {H}, {kind}, forward + backward"
+                yield figure, partial(attend, s, name, N, K, H, documents)
+
+
+def candidates() -> dict[str, Callable]:
+    """(q, k, v, places) -> context, by name."""
+    import jax
+    import jax.numpy as jnp
+
+    from medreason_jax.qwen2.attention import triton_kernel, xla_attention
+
+    def cudnn_causal(q, k, v, places):  # right for one document a row only
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    def cudnn_mask(q, k, v, places):
+        seg, pos = places.segments_BT, places.positions_BT
+        same = seg[:, :, None] == seg[:, None, :]
+        mask = (same & (pos[:, :, None] >= pos[:, None, :]))[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+    def cudnn_packed(q, k, v, places):
+        """Variable lengths, keys repeated for every query head; as many documents as a row holds
+        places of 64."""
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+        B, T, N, H = q.shape
+        most = max(1, T // 64)
+        k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
+        first_BT = (places.positions_BT == 0) & (places.segments_BT > 0)
+        number_BT = jnp.cumsum(first_BT, axis=1) - 1
+        member_BTM = jax.nn.one_hot(number_BT, most, dtype=jnp.int32)
+        member_BTM = member_BTM * (places.segments_BT > 0)[..., None]
+        lengths_BM = jnp.sum(member_BTM, axis=1)
+        ends_BM = jnp.cumsum(lengths_BM, axis=1)
+        starts_BM = jnp.where(lengths_BM > 0, ends_BM - lengths_BM, -1)
+        offsets = jnp.concatenate([starts_BM, jnp.full((B, 1), -1)], axis=1).astype(jnp.int32)
+        lengths = jnp.where(lengths_BM > 0, lengths_BM, -1).astype(jnp.int32)
+        return dot_product_attention(
+            q,
+            k,
+            v,
+            q_seqlen=lengths,
+            kv_seqlen=lengths,
+            q_offsets=offsets,
+            kv_offsets=offsets,
+            scale=H**-0.5,
+            mask_type=MaskType.PADDING_CAUSAL,
+        )
+
+    def mosaic(q, k, v, places):
+        import absl.flags
+        from tokamax._src.ops.attention import base
+        from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+
+        absl.flags.FLAGS(["benchmark"])
+        starts = jnp.arange(q.shape[1]) - places.positions_BT
+        mask = base.Mask(k_start=starts[:, None], is_causal=True)
+        return IMPLEMENTATIONS["mosaic"](q, k, v, mask=mask)
+
+    triton = triton_kernel(None).attend
+    return {
+        "xla": lambda q, k, v, places: xla_attention(q, k, v, places, places),
+        "triton": lambda q, k, v, places: triton(q, k, v, places, places),
+        "cudnn causal": cudnn_causal,
+        "cudnn mask": cudnn_mask,
+        "cudnn packed": cudnn_packed,
+        "tokamax mosaic": mosaic,
+    }
+
+
+def attend(s: Scale, name: str, N: int, K: int, H: int, documents: int) -> Record:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from medreason_jax.qwen2.attention import Kernel, Places, self_test
+
+    T = s.length
+    B = max(1, s.tokens[-1] // T)
+    attends = candidates()[name]
+    random = np.random.default_rng(0)
+    draw = lambda n: jnp.asarray(random.normal(size=(B, T, n, H)), s.dtype)  # noqa: E731
+    q, k, v = draw(N), draw(K), draw(K)
+    each = T // documents
+    place = jnp.broadcast_to(jnp.arange(T), (B, T))
+    places = Places((place // each + 1).astype(jnp.int32), (place % each).astype(jnp.int32))
+
+    def loss(q, k, v):
+        return jnp.sum(attends(q, k, v, places).astype(jnp.float32) ** 2)
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    forward = jax.jit(lambda q, k, v: attends(q, k, v, places))
+    times = seconds_of(lambda: jax.block_until_ready(step(q, k, v)), inner=5)
+    alone = seconds_of(lambda: jax.block_until_ready(forward(q, k, v)), inner=5)
+    flops = 3.5 * 2 * B * N * H * T * each  # causal: half of 4 T^2; the backward is 2.5 forwards
+    record = milliseconds(times, flops / s.flops)
+    record["forward_ms"] = round(1e3 * statistics.median(alone), 4)
+    kernel = Kernel(name, lambda q, k, v, queries, keys: attends(q, k, v, queries))
+    try:
+        record["packed_error"] = f"{self_test(kernel, N, K, H, jnp.dtype(s.dtype), T=512):.1e}"
+    except Exception as failure:
+        record["packed_error"] = f"does not run: {str(failure)[:80]}"
+    return record
+
+
+# --- the vocabulary projection ------------------------------------------------------------------
+
+
+def head(s: Scale) -> Figures:
+    tokens, D, V = s.head
+    for chunk in (1024, 2048, 4096, 8192):
+        yield f"head {tokens}x{D}x{V}; chunk {chunk}", partial(project, s, chunk)
+
+
+def project(s: Scale, chunk: int) -> Record:
+    import jax
+    import jax.numpy as jnp
+
+    from medreason_jax.mesh import TokenShards, make_mesh
+    from medreason_jax.train.head import token_scores
+
+    tokens, D, V = s.head
+    shards = TokenShards(make_mesh(1, 1, 1))
+    h = 0.02 * jax.random.normal(jax.random.key(0), (1, tokens, D)).astype(s.dtype)
+    W = (0.02 * jax.random.normal(jax.random.key(1), (V, D))).astype(s.dtype)
+    labels = jnp.zeros((1, tokens), jnp.int32)
+
+    def loss(h, W):
+        return -jnp.mean(token_scores(h, W, labels, shards=shards, chunk=chunk).logp)
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    times = seconds_of(lambda: jax.block_until_ready(step(h, W)), inner=3)
+    temporaries = step.lower(h, W).compile().memory_analysis().temp_size_in_bytes
+    record = milliseconds(times, 6 * tokens * D * V / s.flops)
+    return record | {"temporaries_gib": round(temporaries / 2**30, 2)}
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def task(s: Scale, size: str, tokens: int, **changes: Any) -> Task:
+    rows = max(1, tokens // s.length)
+    shape = {"rows": rows, "length": s.length, "prompts": 1, "prompt": s.prompt, "new": s.new}
+    return Task(s.models[size], **shape, dtype=s.dtype, device=s.device, **changes)
+
+
+def train(size: str, s: Scale) -> Figures:
+    unrolled = s.models[size]["num_hidden_layers"]
+    for remat in ("none", "context+qkv", "context", "full"):
+        for tokens in s.tokens:
+            figure = f"train {size}; remat {remat}, {tokens} tokens"
+            yield figure, partial(step_of, s, size, task(s, size, tokens, remat=remat))
+    tokens = s.tokens[-1]
+    changes = {
+        "8 documents a row": {"documents": 8},
+        "layers unrolled": {"unroll": unrolled},
+    }
+    for name, change in changes.items():
+        one = task(s, size, tokens, remat="context+qkv", **change)
+        yield f"train {size}; {name}, context+qkv, {tokens} tokens", partial(step_of, s, size, one)
+
+
+def adapters(s: Scale) -> Figures:
+    tokens = s.tokens[-1]
+    for remat in ("context+qkv", "full"):
+        one = task(s, "7B", tokens, remat=remat, lora=16)
+        yield f"train 7B lora; {remat}, {tokens} tokens", partial(step_of, s, "7B", one)
+    pairs = task(s, "1.5B", tokens, remat="context+qkv", pairs=4)
+    yield f"rpo 1.5B; 4 pairs a row, {tokens} tokens", partial(step_of, s, "1.5B", pairs)
+
+
+def step_of(s: Scale, size: str, one: Task) -> Record:
+    """Steady state, after the first step has compiled; and what `medreason plan` says it needs."""
+    import jax
+
+    from medreason_jax.plan import make_stage, try_compile
+    from medreason_jax.qwen2.sizes import read_sizes
+    from medreason_jax.train.program import lora_of
+    from medreason_jax.train.speed import training_flops
+
+    begun = time.perf_counter()
+    step = medreason(one, None)["step"]
+    step()
+    compiled = time.perf_counter() - begun
+    times = seconds_of(step, inner=3)
+    tokens = one.rows * one.length
+    sizes, config = read_sizes(one.fields), config_of(one)
+    attended = tokens * one.length / one.documents
+    flops = training_flops(sizes, lora_of(config.lora), tokens, attended)
+    if one.pairs:
+        flops *= 4 / 3  # the reference's forward pass
+    record = rate(tokens, "tok/s", times, flops / s.flops)
+    record |= {"tflops": round(flops / statistics.median(times) / 1e12, 1)}
+    record |= {"first_step_s": round(compiled, 1), "peak_gib": peak_gib()}
+    del step
+    stage = make_stage(config, sizes, jax.devices()[:1])
+    needs = try_compile(stage.lower())[1]
+    return record | {
+        "plan_gib": round(needs / 2**30, 2),
+        "attention": stage.network.compute.attention.name,
+    }
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+def decode(size: str, s: Scale) -> Figures:
+    for batch in s.batches:
+        yield f"decode {size}, batch {batch}", partial(tokens_per_second, s, size, batch, medreason)
+
+
+def tokens_per_second(s: Scale, size: str, batch: int, contestant: Callable) -> Record:
+    """Of greedy decoding alone: a long run less a short one with the same prompts."""
+    short = max(1, s.new // 16)
+    one = replace(task(s, size, s.tokens[-1]), prompts=batch)
+    work = contestant(replace(one, new=s.new), None)["decode"]
+    longer = seconds_of(work)
+    del work
+    work = contestant(replace(one, new=short), None)["decode"]
+    shorter = statistics.median(seconds_of(work))
+    times = [each - shorter for each in longer]
+    steps = s.new - short
+    record = rate(batch * steps, "tok/s", times, steps * floor_of_decoding(s, size, batch))
+    return record | {"prefill_s": round(shorter, 3)}
+
+
+def floor_of_decoding(s: Scale, size: str, batch: int) -> float:
+    """Seconds of a step: all weights and the cache are read, then the products made."""
+    from medreason_jax.qwen2.sizes import read_sizes
+
+    sizes = read_sizes(s.models[size])
+    vocabulary = sizes.vocab_size * sizes.hidden_size
+    weights = sizes.parameter_count - (0 if sizes.tie_word_embeddings else vocabulary)
+    itemsize = 2 if s.dtype == "bfloat16" else 4
+    context = s.prompt + s.new / 2
+    width = 2 * sizes.num_key_value_heads * sizes.head_dim * itemsize
+    read = weights * itemsize + batch * context * sizes.num_hidden_layers * width
+    attended = 4 * sizes.num_hidden_layers * sizes.num_attention_heads * sizes.head_dim * context
+    return read / s.bandwidth + batch * (2 * weights + attended) / s.flops
+
+
+# --- PPO ----------------------------------------------------------------------------------------
+
+
+def ppo(s: Scale) -> Figures:
+    yield "ppo 1.5B", partial(ppo_iteration, s, "1.5B")
+
+
+def ppo_iteration(s: Scale, size: str) -> Record:
+    """The stage itself on a folder of random weights: seconds of its phases, from its own log."""
+    import jax
+
+    from medreason_jax.config import PPOConfig
+    from medreason_jax.data.chat import ChatTokenizer
+    from medreason_jax.data.tokenizer_training import train_tokenizer
+    from medreason_jax.qwen2.folder import Description, save_model
+    from medreason_jax.qwen2.model import init_params
+    from medreason_jax.qwen2.sizes import read_sizes
+    from medreason_jax.rl.loop import ppo_stage
+
+    rollouts, prompt, new = s.ppo
+    sizes, iterations = read_sizes(s.models[size]), 4
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        text = "how many mg of which drug are given each time ? " * 20
+        train_tokenizer([text], 320, "", here / "tokenizer")
+        tokenizer = ChatTokenizer(here / "tokenizer")
+        params = jax.jit(partial(init_params, sizes))(jax.random.key(0))
+        save_model(here / "model", params, Description(sizes), tokenizer)
+        del params
+        question = "how"
+        while len(tokenizer.prompt([{"role": "user", "content": question}])) < prompt:
+            question += " many mg"
+        records = [
+            {"id": f"{n}", "question": question, "answer": "1 mg", "part": "all"}
+            for n in range(rollouts)
+        ]
+        problems = here / "problems.jsonl"
+        problems.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        ppo_stage(
+            PPOConfig(
+                kind="ppo",
+                folder=here / "ppo",
+                model=here / "model",
+                problems=problems,
+                iterations=iterations,
+                rollouts=rollouts,
+                minibatches=4,
+                ppo_epochs=1,
+                length=-(-(2 * prompt + new) // 128) * 128,
+                max_new_tokens=new,
+                temperature=1.0,
+                dtype=s.dtype,
+                remat="context+qkv",
+                accumulation=max(1, rollouts // 4 // 16),
+                checkpoint_every=10**6,
+                optimizer={"learning_rate": 1e-6, "mu_dtype": "bfloat16"},
+            )
+        )
+        lines = (here / "ppo" / "speed.jsonl").read_text(encoding="utf-8").splitlines()
+    warm = [json.loads(line) for line in lines[1:]]
+    phases = ("generate_seconds", "score_seconds", "update_seconds")
+    mean = {name: statistics.mean(line[name] for line in warm) for name in phases}
+    times = [line["iteration_seconds"] for line in warm]
+    shares = {
+        n.replace("_seconds", ""): f"{x / statistics.mean(times):.0%}" for n, x in mean.items()
+    }
+    rest = 1 - sum(mean.values()) / statistics.mean(times)
+    return (
+        rate(rollouts, "samples/s", times, None)
+        | shares
+        | {"other": f"{rest:.0%}", "peak_gib": peak_gib()}
+    )
