@@ -54,7 +54,9 @@ BARS = (
 def run_part(name: str, out: Path, tiny: bool) -> None:
     """In this process: figures that are in OUT already are not measured again."""
     path = out / f"{name}.jsonl"
-    done = {record["figure"] for record in read(path)}
+    known = read(path)
+    done = {record["figure"] for record in known}
+    path.write_text("".join(json.dumps(record) + "\n" for record in known), encoding="utf-8")
     scale = gpu_parts.scale(tiny, read(out / "ceilings.jsonl"))
     with path.open("a", encoding="utf-8") as file:
         for figure, measure in PARTS[name](scale):
