@@ -1,8 +1,9 @@
 """The same work done by medreason and by its peers: one train step, and greedy decoding.
 
 Every builder takes a `Task` and gives callables: "step" makes one AdamW update of a batch and
-returns the loss before it, "decode" returns the new token ids of every prompt. With a folder of
-safetensors all start from its weights and must agree; without one each draws its own.
+returns the loss before it, "decode" returns the new token ids of every prompt ("bytes", of ours,
+what the compiler said that the step holds). With a folder of safetensors all start from its
+weights and must agree; without one each draws its own.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,11 @@ class Task:
     pairs: int = 0  # of a row: RPO in place of SFT
     threads: int = 2  # of torch on a CPU
     rate: float = 1e-4
+
+    @property
+    def segments(self) -> int:
+        """Of a row: its documents, or both answers of its pairs."""
+        return 2 * self.pairs or self.documents
 
     def tokens_BT(self):
         import numpy as np
@@ -67,6 +73,7 @@ def medreason(task: Task, folder: Path | None) -> Work:
     from medreason_jax.generate.engine import Engine
     from medreason_jax.generate.sampling import Sampling
     from medreason_jax.mesh import make_mesh, make_sharder
+    from medreason_jax.plan import memory_of
     from medreason_jax.qwen2.huggingface import import_params
     from medreason_jax.qwen2.load import make_compute
     from medreason_jax.qwen2.model import abstract_params, init_params, make_network
@@ -75,7 +82,8 @@ def medreason(task: Task, folder: Path | None) -> Work:
     from medreason_jax.train.program import lora_of, make_program, place_split
 
     sizes, config = read_sizes(task.fields), config_of(task)
-    sharder = make_sharder(make_mesh(1, 1, 1), sizes.num_attention_heads, sizes.num_key_value_heads)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
     compute = make_compute(sharder, sizes, task.dtype, remat=task.remat, unroll=task.unroll)
     network, _ = make_network(sizes, compute)
     program = make_program(config, network, sharder, config.steps)
@@ -88,15 +96,16 @@ def medreason(task: Task, folder: Path | None) -> Work:
         return import_params(TensorFiles(folder), abstract, sharder.tree(abstract))
 
     def train() -> float:
-        if not made:
+        if "state" not in made:
             trainable, made["frozen"] = place_split(
                 *(weights(), network, sharder, lora_of(config.lora)),
                 needs_reference=task.pairs > 0,
                 key=jax.random.key(1),
             )
             made["state"] = program.init(trainable)
-            made["step"] = program.step(made["state"])
             made["batch"] = jax.tree.map(jnp.asarray, packed(task))
+            step = program.step(made["state"])
+            made["step"] = step.lower(made["state"], made["frozen"], made["batch"]).compile()
         made["state"], metrics = made["step"](made["state"], made["frozen"], made["batch"])
         return float(jax.block_until_ready((made["state"], metrics))[1]["loss"])
 
@@ -104,7 +113,7 @@ def medreason(task: Task, folder: Path | None) -> Work:
     greedy = Sampling(0.0, 0, 1.0, task.new)
 
     def decode() -> list[list[int]]:
-        if not made:
+        if "engine" not in made:
             made["weights"] = weights()
             made["engine"] = Engine(
                 network, sharder.mesh, slots=task.prompts, end_id=never, pad_id=0
@@ -112,7 +121,7 @@ def medreason(task: Task, folder: Path | None) -> Work:
         answers = made["engine"].generate(made["weights"], task.asked(), greedy, seed=0)
         return [done.ids for done in answers]
 
-    return {"step": train, "decode": decode}
+    return {"step": train, "decode": decode, "bytes": lambda: memory_of(made["step"]).total}
 
 
 def config_of(task: Task):
@@ -148,9 +157,8 @@ def packed(task: Task) -> dict[str, Any]:
     import numpy as np
 
     tokens, shape = task.tokens_BT().astype(np.int32), (task.rows, task.length)
-    documents = 2 * task.pairs or task.documents
-    places_T, each = np.arange(task.length, dtype=np.int32), task.length // documents
-    document_T = np.minimum(places_T // each, documents - 1)
+    places_T, each = np.arange(task.length, dtype=np.int32), task.length // task.segments
+    document_T = np.minimum(places_T // each, task.segments - 1)
     last_T = np.append(document_T[1:] != document_T[:-1], True)
     rows = {
         "weights": (~last_T).astype(np.float32),
@@ -176,8 +184,8 @@ def torch(
     liger: bool = False,
     static: bool = False,
 ) -> Work:
-    """`transformers` in `task.dtype` throughout, with peft's adapter; cuDNN attention, `compile`,
-    Liger's kernels and a static cache are asked for by name."""
+    """`transformers` in `task.dtype` (peft's adapter in float32); cuDNN attention, `compile`,
+    Liger's kernels (of the whole process) and a static cache are asked for by name."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -200,7 +208,7 @@ def torch(
     attention = partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION) if cudnn else nullcontext
 
     def train() -> float:
-        if not made:
+        if "model" not in made:
             trained = model().train()
             if task.lora is not None:
                 from peft import LoraConfig, get_peft_model
@@ -288,7 +296,7 @@ def tunix(task: Task, folder: Path | None) -> Work:
     made: dict[str, Any] = {}
 
     def train() -> float:
-        if not made:
+        if "trainer" not in made:
             made["trainer"] = PeftTrainer(
                 load(),
                 optax.adamw(task.rate, weight_decay=0.0),

@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py --out results [--parts ceilings,attention,...] [--tiny]
 
-Every part is a process of its own (memory is given back) of at most nine minutes, and writes each
+Every part has processes of its own (memory is given back) and at most nine minutes, and writes each
 figure to OUT/<part>.jsonl as it has it: a part that was cut off goes on after its last figure, and
 what failed is a figure with its reason. The table is printed from all that lies in OUT. `--tiny`
-runs the same parts with small shapes on whatever device is there: to see that they run.
+runs the same parts with small shapes on whatever device is there: to see that they run. A folder
+is for one card.
 
 Random weights, real shapes. Peers that are not installed are said to be so.
 """
@@ -24,6 +25,7 @@ import gpu_parts
 import gpu_peers
 
 LIMIT = 540  # seconds of a part
+MORE = 3  # exit code of a part's process that leaves the rest to a new one
 SIZES = ("7B", "1.5B", "0.5B")
 PARTS = {
     "ceilings": gpu_parts.ceilings,
@@ -36,6 +38,9 @@ PARTS = {
     "peers_train": gpu_peers.peers_train,
     "peers_decode": gpu_peers.peers_decode,
 }
+
+# Parts whose figures have a process each: whole models, and what changes its process for good.
+APART = {name for name in PARTS if name.startswith(("train", "adapters", "decode", "peers"))}
 
 # (figure, bar, stretch): of the figures of one H200; larger is better but for milliseconds.
 BARS = (
@@ -51,45 +56,71 @@ BARS = (
 )
 
 
-def run_part(name: str, out: Path, tiny: bool) -> None:
-    """In this process: figures that are in OUT already are not measured again."""
-    path = out / f"{name}.jsonl"
+def run_part(name: str, out: Path, tiny: bool) -> bool:
+    """In this process: what is in OUT already is not measured again. Whether some may be left."""
+    path, begun = out / f"{name}.jsonl", out / f"{name}.begun"
     known = read(path)
-    done = {record["figure"] for record in known}
+    if begun.is_file():
+        failed = {"figure": begun.read_text(), "failed": "the process ended: a crash, or the limit"}
+        known.append(failed)
     path.write_text("".join(json.dumps(record) + "\n" for record in known), encoding="utf-8")
+    done = {record["figure"] for record in known}
     scale = gpu_parts.scale(tiny, read(out / "ceilings.jsonl"))
-    with path.open("a", encoding="utf-8") as file:
-        for figure, measure in PARTS[name](scale):
-            if figure in done:
-                continue
-            begun = time.perf_counter()
-            try:
-                record = measure()
-            except ImportError as missing:
-                record = {"failed": f"not installed: {missing.name or missing}"}
-            except Exception as failure:  # out of memory, no such kernel: a figure too
-                reason = " ".join(str(failure).replace("|", "/").split())[:200]
-                record = {"failed": f"{type(failure).__name__}: {reason}"}
-            record = {"figure": figure, **record, "took": round(time.perf_counter() - begun, 1)}
+    for figure, measure in PARTS[name](scale):
+        if figure in done:
+            continue
+        begun.write_text(figure)
+        record = {"figure": figure, **measured(measure)}
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-            file.flush()
-            print(f"{name}: {line_of(record)}", flush=True)
+        begun.unlink()
+        print(f"{name}: {line_of(record)}", flush=True)
+        if name in APART:
+            return True
+    return False
 
 
-def run_all(names: list[str], out: Path, tiny: bool, limit: int) -> None:
+def measured(measure) -> dict[str, Any]:
+    """What failed is a figure too: out of memory, a kernel that is not there."""
+    begun = time.perf_counter()
+    try:
+        record = measure()
+    except ModuleNotFoundError as missing:
+        record = {"failed": f"not installed: {missing.name}"}
+    except Exception as failure:
+        record = {"failed": f"{type(failure).__name__}: {failure!s:.400}"}
+    texts = {k: one_line(v) if isinstance(v, str) else v for k, v in record.items()}
+    return {**texts, "took": round(time.perf_counter() - begun, 1)}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
+
+
+def run_all(names: list[str], out: Path, tiny: bool, limit: float) -> None:
     environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "0",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "JAX_COMPILATION_CACHE_DIR": str(out / "compile_cache"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     for name in names:
         command = [sys.executable, __file__, "--part", name, "--out", str(out)]
-        try:
-            subprocess.run(
-                [*command, *(["--tiny"] if tiny else [])], env=environment, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            print(f"{name}: stopped after {limit} s; the same command goes on with it", flush=True)
+        command += ["--tiny"] if tiny else []
+        ends = time.monotonic() + limit
+        while time.monotonic() < ends:
+            try:
+                left = ends - time.monotonic()
+                code = subprocess.run(command, env=environment, timeout=left).returncode
+            except subprocess.TimeoutExpired:
+                print(f"{name}: stopped after {limit} s; the same command goes on", flush=True)
+                break
+            if code == 0:
+                break
+            if code != MORE:
+                print(f"{name}: its process ended with {code}", flush=True)
+                if not (out / f"{name}.begun").is_file():  # not in a figure: it would again
+                    break
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -141,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of a part")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names = arguments.parts.split(",")
@@ -150,8 +181,14 @@ def main() -> None:
         parser.error(f"--parts {unknown[0]!r} is none of {', '.join(PARTS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.part is not None:
-        run_part(arguments.part, arguments.out, arguments.tiny)
-        return
+        sys.exit(MORE if run_part(arguments.part, arguments.out, arguments.tiny) else 0)
+    kind = arguments.out / "shapes"
+    shapes = "tiny" if arguments.tiny else "full"
+    if kind.is_file() and kind.read_text() != shapes:
+        parser.error(
+            f"--out {arguments.out} holds figures of {kind.read_text()} shapes; name another"
+        )
+    kind.write_text(shapes)
     run_all(names, arguments.out, arguments.tiny, arguments.limit)
     rows = "\n".join(table(arguments.out))
     (arguments.out / "table.md").write_text(rows + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,48 +13,52 @@ from gpu_parts import REPETITIONS, Figures, Record, Scale, rate, seconds_of, tas
 
 
 def peers_train(s: Scale) -> Figures:
-    tokens = s.tokens[-1]
-    variants: dict[str, dict[str, bool]] = {
-        "transformers": {},
-        "transformers, cuDNN": {"cudnn": True},
-        "transformers, cuDNN, compiled": {"cudnn": True, "compiled": True},
-        "transformers, cuDNN, Liger": {"cudnn": True, "liger": True},
-    }
-    for size in s.models:
-        for name, options in variants.items():
-            one = task(s, size, tokens, remat="full" if size == "7B" else "none")
-            yield f"{name}: train {size}", partial(peer_step, s, partial(torch, **options), one)
-        yield f"tunix: train {size}", partial(peer_with_weights, s, size, "step")
-    lora = task(s, "7B", tokens, remat="full", lora=16)
+    best = {"cudnn": True, "liger": True}
+    for size in ("1.5B", "7B", "0.5B"):
+        tokens = s.tokens[2]
+        one = task(s, size, tokens, remat="full" if size == "7B" else "none")
+        for name, options in {"cuDNN, Liger": best, "defaults": {}}.items():
+            figure = f"transformers, {name}: train {size}; {tokens} tokens a step"
+            yield figure, partial(peer_step, partial(torch, **options), one)
+    lora = task(s, "7B", s.tokens[2], remat="full", lora=16)
     yield (
-        "transformers, cuDNN: train 7B lora",
-        partial(peer_step, s, partial(torch, cudnn=True), lora),
+        "transformers, cuDNN, Liger: train 7B lora",
+        partial(peer_step, partial(torch, **best), lora),
     )
+    for size in ("0.5B", "1.5B"):
+        yield f"tunix: train {size}", partial(tunix_rate, s, size, "step")
     yield "TRL: train 0.5B", partial(trl_step, s, "0.5B")
+    compiled = partial(torch, cudnn=True, compiled=True)
+    one = task(s, "1.5B", s.tokens[2])
+    yield "transformers, cuDNN, compiled: train 1.5B", partial(peer_step, compiled, one)
 
 
-def peer_step(s: Scale, contestant: Callable, one: Task) -> Record:
+def peer_step(contestant: Callable, one: Task) -> Record:
     times = seconds_of(contestant(one, None)["step"], inner=3)
     return rate(one.rows * one.length, "tok/s", times, None)
 
 
 def peers_decode(s: Scale) -> Figures:
-    for size in s.models:
-        for batch in (64, 256) if s.device == "cuda" else (2,):
-            for name, options in {"dynamic cache": {}, "static cache": {"static": True}}.items():
-                figure = f"transformers, {name}: decode {size}, batch {batch}"
-                measured = partial(tokens_per_second, s, size, batch, partial(torch, **options))
-                yield figure, measured
-    yield "tunix: decode 0.5B", partial(peer_with_weights, s, "0.5B", "decode")
+    batch = s.batches[0]
+    for size in ("7B", "1.5B", "0.5B"):
+        for name, options in {"dynamic cache": {}, "static cache": {"static": True}}.items():
+            figure = f"transformers, {name}: decode {size}, batch {batch}"
+            contestant = partial(torch, **options)
+            yield figure, partial(tokens_per_second, s, size, batch, contestant)
+    yield f"tunix: decode 0.5B, batch {batch}", partial(tunix_rate, s, "0.5B", "decode")
 
 
-def peer_with_weights(s: Scale, size: str, what: str) -> Record:
-    one = replace(task(s, size, s.tokens[-1]), prompts=s.batches[-2])
+def tunix_rate(s: Scale, size: str, what: str) -> Record:
+    """It reads its weights from a folder."""
+    import tunix as installed  # noqa: F401  before gigabytes are written
+
+    one = task(s, size, s.tokens[2])
     with tempfile.TemporaryDirectory() as folder:
         write_model(one, Path(folder))
-        times = seconds_of(tunix(one, Path(folder))[what])
-    amount = one.rows * one.length if what == "step" else one.prompts * one.new
-    return rate(amount, "tok/s", times, None)
+        contestant = lambda task, _: tunix(task, Path(folder))  # noqa: E731
+        if what == "decode":
+            return tokens_per_second(s, size, s.batches[0], contestant)
+        return peer_step(contestant, one)
 
 
 def trl_step(s: Scale, size: str) -> Record:
@@ -84,6 +87,7 @@ def trl_step(s: Scale, size: str) -> Record:
                 per_device_train_batch_size=one.rows,
                 max_length=one.length,
                 bf16=s.dtype == "bfloat16",
+                gradient_checkpointing=False,
                 report_to=[],
                 use_cpu=s.device == "cpu",
                 dataset_kwargs={"skip_prepare_dataset": True},

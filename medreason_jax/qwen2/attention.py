@@ -18,8 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.gpu.attention import BlockSizes as TritonBlocks
-from jax.experimental.pallas.ops.gpu.attention import mha
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
@@ -74,15 +72,17 @@ def require_segments(queries: Places, keys: Places) -> None:
 def xla_attention(q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.Array:
     """The reference: any T and S, softmax in float32, memory O(B N T S).
 
-    A query sees the keys of its own segment whose position is at most its own.
+    A query sees the keys of its own segment whose position is at most its own. The context has the
+    checkpoint name "context".
     """
     require_segments(queries, keys)
     same_BTS = queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :]
     before_BTS = queries.positions_BT[:, :, None] >= keys.positions_BT[:, None, :]
     mask_BNTS = (same_BTS & before_BTS)[:, None]
-    return jax.nn.dot_product_attention(
+    context_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, implementation="xla"
     )
+    return checkpoint_name(context_BTNH, "context")
 
 
 BLOCK = 128  # lanes of a TPU's vector registers; of queries in a GPU kernel
@@ -166,12 +166,6 @@ def splash_kernel(shards: HeadShards | None, interpret: bool = False) -> Kernel:
     return Kernel("splash", in_blocks(partial(splash_attention, interpret=interpret)), shards)
 
 
-def triton_blocks(itemsize: int) -> TritonBlocks:
-    """Blocks of queries and keys that an H200's shared memory holds (heads of up to 128)."""
-    forward, backward = (64, 32) if itemsize > 2 else (128, 64)  # float32 takes twice the room
-    return TritonBlocks(forward, forward, backward, backward, backward, backward)
-
-
 def triton_attention(
     q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places, interpret: bool = False
 ) -> jax.Array:
@@ -182,7 +176,9 @@ def triton_attention(
     """
     N, H = q_BTNH.shape[2:]
     repeats = N // k_BSKH.shape[2]
-    settings = (H**-0.5, triton_blocks(q_BTNH.dtype.itemsize), interpret)
+    # Blocks that an H200's shared memory holds; float32 takes twice the room.
+    forward, backward = (64, 32) if q_BTNH.dtype.itemsize > 2 else (128, 64)
+    settings = (H**-0.5, forward, backward, interpret)
     k_BSNH, v_BSNH = (jnp.repeat(x, repeats, axis=2) for x in (k_BSKH, v_BSKH))
     return _triton(q_BTNH, k_BSNH, v_BSNH, queries.segments_BT, settings)
 
@@ -194,18 +190,28 @@ def _triton(q_BTNH, k_BTNH, v_BTNH, segments_BT, settings):
 
 def _triton_forward(q_BTNH, k_BTNH, v_BTNH, segments_BT, settings):
     """jax's, but with names on what the backward needs."""
-    scale, blocks, interpret = settings
+    mha, arguments = _mha(settings, return_residuals=True)
     inputs = (q_BTNH, k_BTNH, v_BTNH, segments_BT)
-    found = mha(*inputs, scale, True, blocks, interpret=interpret, return_residuals=True)
-    context_BTNH, lse_BNT = (checkpoint_name(x, "context") for x in found)
+    context_BTNH, lse_BNT = (checkpoint_name(x, "context") for x in mha(*inputs, *arguments))
     return context_BTNH, (*inputs, context_BTNH, lse_BNT)
 
 
 def _triton_backward(settings, kept, d_context_BTNH):
-    scale, blocks, interpret = settings
-    # implementation, warps, stages, grid, interpret, debug, return_residuals
-    options = ("triton", None, 2, None, interpret, False, False)
-    return mha.bwd(scale, True, blocks, *options, kept, d_context_BTNH)
+    mha, arguments = _mha(settings, return_residuals=False)
+    return mha.bwd(*arguments, kept, d_context_BTNH)
+
+
+def _mha(settings, return_residuals: bool):
+    """jax's kernel, and its arguments after the arrays, by place as its rules take them."""
+    from jax.experimental.pallas.ops.gpu.attention import (  # for GPUs, and deprecated
+        BlockSizes,
+        mha,
+    )
+
+    scale, forward, backward, interpret = settings
+    blocks = BlockSizes(forward, forward, backward, backward, backward, backward)
+    # scale, causal, blocks, backward, warps, stages, grid, interpret, debug, residuals
+    return mha, (scale, True, blocks, "triton", None, 2, None, interpret, False, return_residuals)
 
 
 _triton.defvjp(_triton_forward, _triton_backward)
@@ -378,5 +384,6 @@ def choose_checked_kernel(
         if requested != "auto" or plain.name == kernel.name:
             raise
         check_kernel(plain, heads, kv_heads, head_dim, dtype)
-        kernel = plain.replace(note=f"{plain.note}, because {error}")
+        cause = error if error.__cause__ is None else f"{error.__cause__!s:.200}"
+        kernel = plain.replace(note=f"{plain.note}, since {kernel.name} failed: {cause}")
     return kernel

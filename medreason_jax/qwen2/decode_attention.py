@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
 from medreason_jax.mesh import HeadShards, largest_over_processes
@@ -70,6 +69,8 @@ def largest_power(number: int, most: int) -> int:
 
 def pallas_decode(q_BNH, k_BKSH, v_BKSH, lengths_B, interpret: bool = False) -> jax.Array:
     """jax's flash decoding for GPUs: the slots of a row in blocks, side by side."""
+    from jax.experimental.pallas.ops.gpu.decode_attention import gqa  # for GPUs, and deprecated
+
     S = k_BKSH.shape[2]
     block = largest_power(S, 128)
     context_BNH = gqa(

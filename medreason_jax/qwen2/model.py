@@ -23,7 +23,8 @@ Params = dict[str, Any]
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 Remat = Literal["none", "context", "context+qkv", "full"]
 
-# What a layer keeps for the backward pass beside its input; the rest is computed again.
+# What a layer keeps for the backward pass beside its input, by checkpoint name (the attention
+# kernels give "context"); the rest is computed again.
 KEPT: dict[str, tuple[str, ...]] = {
     "context": ("context",),
     "context+qkv": ("context", "qkv"),
@@ -159,7 +160,7 @@ class DecoderLayer(nnx.Module):
         """`attend(q_BTNH, k_BTKH, v_BTKH) -> context_BTNH, kept`; `kept` is handed back."""
         normal_BTD = self.input_layernorm(x_BTD)
         context_BTNH, kept = attend(*self.self_attn.project(normal_BTD, rotation_BTH, constrain))
-        context_BTD = checkpoint_name(context_BTNH, "context").reshape(*x_BTD.shape[:2], -1)
+        context_BTD = context_BTNH.reshape(*x_BTD.shape[:2], -1)
         x_BTD = x_BTD + self.self_attn.o_proj(context_BTD)
         x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), constrain)
         return constrain(x_BTD, ("batch", "time", "model")), kept
