@@ -265,7 +265,19 @@ def candidates() -> dict[str, Callable]:
         absl.flags.FLAGS(["benchmark"])
         starts = jnp.arange(q.shape[1]) - places.positions_BT
         mask = base.Mask(k_start=starts[:, None], is_causal=True)
-        return IMPLEMENTATIONS["mosaic"](q, k, v, mask=mask)
+        return IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask)
+
+    def blocks(forward: int, backward: int) -> Callable:
+        """jax's kernel for Triton with other blocks than ours."""
+
+        def attend(q, k, v, places):
+            from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+            sizes = BlockSizes(forward, forward, backward, backward, backward, backward)
+            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+            return mha(q, k, v, places.segments_BT, q.shape[-1] ** -0.5, True, sizes)
+
+        return attend
 
     triton = triton_kernel(None).attend
     return {
@@ -275,6 +287,7 @@ def candidates() -> dict[str, Callable]:
         "cudnn mask": cudnn_mask,
         "cudnn packed": cudnn_packed,
         "tokamax mosaic": mosaic,
+        **{f"triton {f}x{b}": blocks(f, b) for f, b in ((64, 64), (128, 32), (128, 128))},
     }
 
 
