@@ -30,6 +30,8 @@ class Task:
     device: str = "cpu"
     remat: str = "none"
     unroll: int = 1
+    chunk: int = 2048  # tokens of the vocabulary projection
+    mu: str = "float32"  # of AdamW's first moment
     lora: int | None = None  # its rank, on every projection
     documents: int = 1  # of equal length in a row
     pairs: int = 0  # of a row: RPO in place of SFT
@@ -137,6 +139,7 @@ def config_of(task: Task):
         dtype=task.dtype,
         remat=task.remat,
         unroll=task.unroll,
+        head_chunk=task.chunk,
         length=task.length,
         batch_rows=task.rows,
         lora=None if task.lora is None else {"rank": task.lora, "alpha": 2 * task.lora},
@@ -148,6 +151,7 @@ def config_of(task: Task):
             "b2": 0.999,
             "weight_decay": 0.0,
             "clip_norm": 1e9,
+            "mu_dtype": task.mu,
         },
     )
 

@@ -369,29 +369,45 @@ def task(s: Scale, size: str, tokens: int, **changes: Any) -> Task:
 
 
 # Of a model: remat, tokens of a step (as the Scale's number), and what else is other than usual.
-VARIANTS: dict[str, list[tuple[str, int, dict[str, int]]]] = {
+VARIANTS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "7B": [
+        ("products", 2, {"mu": "bfloat16"}),
+        ("context+qkv", 1, {"mu": "bfloat16"}),
+        ("products", 2, {"mu": "bfloat16", "documents": 8}),
+        ("products", 2, {"mu": "bfloat16", "unroll": 4}),
         ("context+qkv", 1, {}),
-        ("none", 2, {}),
-        ("context+qkv", 1, {"documents": 8}),
         ("full", 0, {}),
     ],
-    "1.5B": [("none", 1, {}), ("context+qkv", 0, {}), ("none", 1, {"documents": 8})],
-    "0.5B": [("none", 0, {}), ("context+qkv", 0, {}), ("none", 0, {"documents": 8})],
+    "1.5B": [
+        ("products", 1, {}),
+        ("products", 0, {}),
+        ("none", 1, {}),
+        ("products", 1, {"unroll": 4}),
+        ("products", 1, {"documents": 8}),
+    ],
+    "0.5B": [
+        ("products", 0, {}),
+        ("none", 0, {}),
+        ("products", 0, {"unroll": 4}),
+        ("products", 0, {"chunk": 32768}),
+        ("products", 0, {"documents": 8}),
+    ],
 }
 
 
 def train(size: str, s: Scale) -> Figures:
     for remat, number, changes in VARIANTS[size]:
         tokens = s.tokens[number]
-        told = "".join(f", {n} {name} a row" for name, n in changes.items())
-        one = task(s, size, tokens, remat=remat, **changes)
-        figure = f"train {size}; remat {remat}, {tokens} tokens a step{told}"
-        yield figure, partial(step_of, s, size, one)
+        told = "".join(f", {name} {n}" for name, n in changes.items())
+        one = task(s, size, tokens, **{"remat": remat, "chunk": 8192, **changes})
+        yield (
+            f"train {size}; remat {remat}, {tokens} tokens a step{told}",
+            partial(step_of, s, size, one),
+        )
 
 
 def adapters(s: Scale) -> Figures:
-    one = task(s, "7B", s.tokens[1], remat="context+qkv", lora=16)
+    one = task(s, "7B", s.tokens[1], remat="products", lora=16, chunk=8192)
     yield f"train 7B lora; {s.tokens[1]} tokens a step", partial(step_of, s, "7B", one)
     pairs = task(s, "1.5B", s.tokens[1], remat="context+qkv", pairs=4)
     yield (
@@ -514,7 +530,8 @@ def ppo_iteration(s: Scale, size: str) -> Record:
                 max_new_tokens=new,
                 temperature=1.0,
                 dtype=s.dtype,
-                remat="context+qkv",
+                remat="products",
+                head_chunk=8192,
                 accumulation=max(1, rollouts // 4 // 16),
                 checkpoint_every=10**6,
                 optimizer={"learning_rate": 1e-6, "mu_dtype": "bfloat16"},

@@ -153,7 +153,7 @@ class RunConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
     attention: Literal["auto", "xla", "splash", "triton"] = "auto"
-    remat: Literal["none", "context", "context+qkv", "full"] = "none"
+    remat: Literal["none", "products", "context+qkv", "context", "full"] = "none"
     unroll: Positive = 1
     head_chunk: Positive = 2048
     length: Positive

@@ -199,13 +199,15 @@ def widths(stage: Stage) -> dict[str, int]:
         "input": s.hidden_size,
         "qkv": (heads + 2 * kv_heads) * s.head_dim,
         "context": heads * s.head_dim,
-        "rest": 3 * s.hidden_size + 4 * s.intermediate_size // parts,
+        "projected": s.hidden_size,
+        "gate_up": 2 * s.intermediate_size // parts,
+        "rest": 2 * s.hidden_size + 2 * s.intermediate_size // parts,
     }
 
 
 def activation_bytes(stage: Stage) -> int:
     remat = stage.config.remat
-    kept = ("input", *(KEPT[remat] if remat != "none" else ("qkv", "context", "rest")))
+    kept = ("input", *(KEPT[remat] if remat != "none" else (*KEPT["products"], "rest")))
     tokens = micro_rows(stage) * stage.config.length
     width = sum(widths(stage)[name] for name in kept)
     itemsize = stage.network.compute.dtype.itemsize

@@ -21,13 +21,14 @@ from medreason_jax.qwen2.sizes import Sizes
 
 Params = dict[str, Any]
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-Remat = Literal["none", "context", "context+qkv", "full"]
+Remat = Literal["none", "products", "context", "context+qkv", "full"]
 
 # What a layer keeps for the backward pass beside its input, by checkpoint name (the attention
 # kernels give "context"); the rest is computed again.
 KEPT: dict[str, tuple[str, ...]] = {
     "context": ("context",),
     "context+qkv": ("context", "qkv"),
+    "products": ("context", "qkv", "projected", "gate_up"),
     "full": (),
 }
 
@@ -141,7 +142,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(F, D, scale, False, rngs, _target(lora, "down_proj"))
 
     def __call__(self, x, constrain: Constrain):
-        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        gate, up = (checkpoint_name(y, "gate_up") for y in (self.gate_proj(x), self.up_proj(x)))
+        inner = jax.nn.silu(gate) * up
         return self.down_proj(constrain(inner, ("batch", "time", "mlp")))
 
 
@@ -161,7 +163,7 @@ class DecoderLayer(nnx.Module):
         normal_BTD = self.input_layernorm(x_BTD)
         context_BTNH, kept = attend(*self.self_attn.project(normal_BTD, rotation_BTH, constrain))
         context_BTD = context_BTNH.reshape(*x_BTD.shape[:2], -1)
-        x_BTD = x_BTD + self.self_attn.o_proj(context_BTD)
+        x_BTD = x_BTD + checkpoint_name(self.self_attn.o_proj(context_BTD), "projected")
         x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), constrain)
         return constrain(x_BTD, ("batch", "time", "model")), kept
 
