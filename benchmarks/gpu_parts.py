@@ -203,11 +203,11 @@ def copy(s: Scale) -> Record:
 
 def attention(s: Scale) -> Figures:
     shapes = {64: s.models["0.5B"], 128: s.models["7B"]}
-    for H, fields in shapes.items():
-        N, K = fields["num_attention_heads"], fields["num_key_value_heads"]
-        for documents in (1, 8):
-            kind = "causal" if documents == 1 else f"{documents} documents a row"
-            for name in candidates():
+    for name in candidates():
+        for H, fields in shapes.items():
+            N, K = fields["num_attention_heads"], fields["num_key_value_heads"]
+            for documents in (1, 8):
+                kind = "causal" if documents == 1 else f"{documents} documents a row"
                 figure = f"attention {name}, {N}/{K} heads of {H}, {kind}, forward + backward"
                 yield figure, partial(attend, s, name, N, K, H, documents)
 
@@ -228,34 +228,33 @@ def candidates() -> dict[str, Callable]:
         mask = (same & (pos[:, :, None] >= pos[:, None, :]))[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
-    def cudnn_packed(q, k, v, places):
-        """Variable lengths, keys repeated for every query head; as many documents as a row holds
-        places of 64."""
+    def cudnn_packed(q_BTNH, k_BSKH, v_BSKH, places):
+        """A sequence a document; its backward holds as much as so many whole rows: here few."""
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-        B, T, N, H = q.shape
-        most = max(1, T // 64)
-        k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
-        first_BT = (places.positions_BT == 0) & (places.segments_BT > 0)
+        B, T, _, H = q_BTNH.shape
+        M = max(8, T // 256)
+        inside_BT = places.segments_BT > 0
+        first_BT = inside_BT & (places.positions_BT == 0)
         number_BT = jnp.cumsum(first_BT, axis=1) - 1
-        member_BTM = jax.nn.one_hot(number_BT, most, dtype=jnp.int32)
-        member_BTM = member_BTM * (places.segments_BT > 0)[..., None]
-        lengths_BM = jnp.sum(member_BTM, axis=1)
-        ends_BM = jnp.cumsum(lengths_BM, axis=1)
-        starts_BM = jnp.where(lengths_BM > 0, ends_BM - lengths_BM, -1)
-        offsets = jnp.concatenate([starts_BM, jnp.full((B, 1), -1)], axis=1).astype(jnp.int32)
-        lengths = jnp.where(lengths_BM > 0, lengths_BM, -1).astype(jnp.int32)
-        return dot_product_attention(
-            q,
-            k,
-            v,
-            q_seqlen=lengths,
-            kv_seqlen=lengths,
-            q_offsets=offsets,
-            kv_offsets=offsets,
+        rows_B1 = jnp.arange(B)[:, None]
+        lengths_BM = jnp.zeros((B, M), jnp.int32).at[rows_B1, number_BT].add(inside_BT, mode="drop")
+        first_BM = jnp.full((B, M + 1), -1, jnp.int32)
+        place_BT = jnp.where(first_BT, number_BT, M + 1)  # others are dropped
+        first_BM = first_BM.at[rows_B1, place_BT].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
+        lengths_BM = jnp.where(lengths_BM > 0, lengths_BM, -1)
+        # Outside the documents nothing is written, neither of the context nor of the gradients.
+        inside = lambda x: jnp.where(inside_BT[..., None, None], x, 0)  # noqa: E731
+        context_BTNH = dot_product_attention(
+            *(inside(x) for x in (q_BTNH, k_BSKH, v_BSKH)),
+            q_seqlen=lengths_BM,
+            kv_seqlen=lengths_BM,
+            q_offsets=first_BM,
+            kv_offsets=first_BM,
             scale=H**-0.5,
             mask_type=MaskType.PADDING_CAUSAL,
         )
+        return inside(context_BTNH)
 
     def mosaic(q, k, v, places):
         import absl.flags
@@ -267,27 +266,14 @@ def candidates() -> dict[str, Callable]:
         mask = base.Mask(k_start=starts[:, None], is_causal=True)
         return IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask)
 
-    def blocks(forward: int, backward: int) -> Callable:
-        """jax's kernel for Triton with other blocks than ours."""
-
-        def attend(q, k, v, places):
-            from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-
-            sizes = BlockSizes(forward, forward, backward, backward, backward, backward)
-            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-            return mha(q, k, v, places.segments_BT, q.shape[-1] ** -0.5, True, sizes)
-
-        return attend
-
     triton = triton_kernel(None).attend
     return {
-        "xla": lambda q, k, v, places: xla_attention(q, k, v, places, places),
         "triton": lambda q, k, v, places: triton(q, k, v, places, places),
+        "cudnn packed": cudnn_packed,
         "cudnn causal": cudnn_causal,
         "cudnn mask": cudnn_mask,
-        "cudnn packed": cudnn_packed,
+        "xla": lambda q, k, v, places: xla_attention(q, k, v, places, places),
         "tokamax mosaic": mosaic,
-        **{f"triton {f}x{b}": blocks(f, b) for f, b in ((64, 64), (128, 32), (128, 128))},
     }
 
 
@@ -372,25 +358,20 @@ def task(s: Scale, size: str, tokens: int, **changes: Any) -> Task:
 VARIANTS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "7B": [
         ("products", 2, {"mu": "bfloat16"}),
-        ("context+qkv", 1, {"mu": "bfloat16"}),
         ("products", 2, {"mu": "bfloat16", "documents": 8}),
-        ("products", 2, {"mu": "bfloat16", "unroll": 4}),
         ("context+qkv", 1, {}),
         ("full", 0, {}),
     ],
     "1.5B": [
-        ("products", 1, {}),
+        ("products", 1, {"chunk": 16384}),
         ("products", 0, {}),
+        ("products", 1, {"chunk": 16384, "documents": 8}),
         ("none", 1, {}),
-        ("products", 1, {"unroll": 4}),
-        ("products", 1, {"documents": 8}),
     ],
     "0.5B": [
-        ("products", 0, {}),
-        ("none", 0, {}),
-        ("products", 0, {"unroll": 4}),
         ("products", 0, {"chunk": 32768}),
-        ("products", 0, {"documents": 8}),
+        ("products", 0, {"chunk": 32768, "documents": 8}),
+        ("none", 0, {}),
     ],
 }
 
@@ -498,7 +479,7 @@ def ppo_iteration(s: Scale, size: str) -> Record:
     from medreason_jax.rl.loop import ppo_stage
 
     rollouts, prompt, new = s.ppo
-    sizes, iterations = read_sizes(s.models[size]), 4
+    sizes, iterations = read_sizes(s.models[size]), 1 + REPETITIONS
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         text = "how many mg of which drug are given each time ? " * 20

@@ -235,13 +235,8 @@ RESOLUTION: tuple[tuple[str, int | None, str, str | None], ...] = (
 )
 
 
-def choose_kernel(
-    requested: Literal["auto"] | KernelName,
-    platform: str,
-    head_dim: int,
-    shards: HeadShards | None,
-) -> Kernel:
-    """The kernel for the mesh's platform: of the devices compiled for, not of this machine's."""
+def kernel_names(platform: str, head_dim: int) -> dict[str, str | None]:
+    """The kernels of a platform, the first choice first, with their notes."""
     notes = {
         name: note
         for where, most, name, note in RESOLUTION
@@ -250,6 +245,17 @@ def choose_kernel(
     if not notes:
         known = sorted({row[0] for row in RESOLUTION})
         raise ValueError(f"no attention kernel for platform {platform!r}; allowed: {known}")
+    return notes
+
+
+def choose_kernel(
+    requested: Literal["auto"] | KernelName,
+    platform: str,
+    head_dim: int,
+    shards: HeadShards | None,
+) -> Kernel:
+    """The kernel for the mesh's platform: of the devices compiled for, not of this machine's."""
+    notes = kernel_names(platform, head_dim)
     name = next(iter(notes)) if requested == "auto" else requested
     if name not in notes:
         raise ValueError(
@@ -375,15 +381,19 @@ def choose_checked_kernel(
     dtype: Any,
     shards: HeadShards | None,
 ) -> Kernel:
-    """`choose_kernel`'s where it passes `check_kernel` here; with `auto` else the plain one."""
-    kernel = choose_kernel(requested, platform, head_dim, shards)
-    try:
-        check_kernel(kernel, heads, kv_heads, head_dim, dtype)
-    except RuntimeError as error:
-        plain = choose_kernel("xla", platform, head_dim, shards)
-        if requested != "auto" or plain.name == kernel.name:
-            raise
-        check_kernel(plain, heads, kv_heads, head_dim, dtype)
-        cause = error if error.__cause__ is None else f"{error.__cause__!s:.200}"
-        kernel = plain.replace(note=f"{plain.note}, since {kernel.name} failed: {cause}")
-    return kernel
+    """The one requested where it passes `check_kernel` here; of `auto` the first that does."""
+    names = list(kernel_names(platform, head_dim)) if requested == "auto" else [requested]
+    failed = ""
+    for name in names:
+        kernel = choose_kernel(name, platform, head_dim, shards)
+        try:
+            check_kernel(kernel, heads, kv_heads, head_dim, dtype)
+        except RuntimeError as error:
+            if name == names[-1]:
+                raise
+            cause = error if error.__cause__ is None else f"{error.__cause__!s:.200}"
+            failed += f"; {name} failed: {cause}"
+        else:
+            note = (kernel.note or f"{name} is used") + failed
+            return kernel.replace(note=note) if failed else kernel
+    raise AssertionError(names)

@@ -376,7 +376,7 @@ class Network:
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-UNROLLED = 8  # layers
+UNROLLED = 36  # layers
 
 
 def unstack(params: Params) -> Params:

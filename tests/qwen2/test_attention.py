@@ -170,7 +170,7 @@ def test_missing_segment_ids_are_refused(kernel, shards):
 @flash_kernels
 def test_flash_refuses_what_is_no_whole_row(kernel):
     (q, *_), (_, k, v, _) = draw_inputs(2, 128, 4, 2, 64), draw_inputs(2, 256, 4, 2, 64)
-    with pytest.raises(ValueError, match="128 queries and 256 keys.*attention: xla"):
+    with pytest.raises(ValueError, match=r"128 queries and 256 keys.*attention: xla"):
         kernel(q, k, v, packed_places(2, 128), packed_places(2, 256))
 
 
