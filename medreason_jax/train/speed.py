@@ -122,7 +122,7 @@ class Phases:
         self.seconds[f"{phase}_seconds"], self.last = now - self.last, now
 
     def line(self, unit: int, samples: int) -> dict[str, float]:
-        """Of the iteration that ends here, the phases and the rest of it."""
+        """Of the iteration that ends here; saving and dev accuracy come after it."""
         whole = time.monotonic() - self.begun
         values = {
             "samples_per_second": samples / whole,
