@@ -289,7 +289,7 @@ def test_auto_takes_the_plain_kernel_where_the_first_choice_fails(monkeypatch):
     """The GPU's kernel does not run on a CPU."""
     kernel = choose_checked_kernel("auto", "gpu", 4, 2, 64, jnp.float32, None)
     assert kernel.name == "xla"
-    assert "memory O(B N T T), since triton failed: Only interpret mode" in kernel.note
+    assert "memory O(B N T T); triton failed: Only interpret mode" in kernel.note
     with pytest.raises(RuntimeError, match="'triton' does not run; set attention: xla"):
         choose_checked_kernel("triton", "gpu", 4, 2, 64, jnp.float32, None)
     monkeypatch.setattr(attention, "xla_attention", drop_segments)
