@@ -40,8 +40,8 @@ TIMES = (1, 2, 4)
 WEIGHTS = range(10, 50)
 DO_NOT_GIVE = "do not give"
 HELD_OUT_SHARE = 0.15  # of the (dose, weight) pairs
-# One dose problem in so many is contraindicated. Demonstrations show it more often: that a condition
-# is the drug's own is learned from few of them, and late.
+# One dose problem in so many is contraindicated. Demonstrations show it more often: that a
+# condition is the drug's own is learned from few of them, and late.
 CONTRAINDICATED_EVERY: dict[Split, int] = {"search": 3, "rl": 6, "dev": 6, "test": 6}
 RECITAL_EVERY = 3  # one monograph in three starts with the line that reasoning starts with
 
@@ -281,7 +281,8 @@ def _reserve(
     A key is a (drug, weight) or a (drug, fact), so evaluation never asks what training asked in
     other words or with another condition.
     """
-    asked, needed = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
+    asked: dict[str, int] = dict.fromkeys(SIDES, 0)
+    needed = asked.copy()
     for split, (_, size) in sizes.items():
         asked[_side(split)] += size
         needed[_side(split)] += math.ceil(size / per_key[split])

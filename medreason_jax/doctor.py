@@ -86,10 +86,10 @@ def _kernels() -> list[dict[str, Any]]:
     found = []
     for head_dim in HEAD_DIMS:
         order = list(kernel_names(target, head_dim))  # as `auto` tries them
-        others = [name for name in KERNELS if name not in order]
+        names: list[KernelName] = [*order, *(name for name in KERNELS if name not in order)]
         for dtype in (jnp.float32, jnp.bfloat16):
             taken = False
-            for name in (*order, *others):
+            for name in names:
                 last = name == order[-1]  # nothing stands in for it
                 line = _kernel(name, target, head_dim, dtype, shards, must_pass=last)
                 if line["ok"] and not taken:

@@ -226,7 +226,7 @@ KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 
 # Ordered: (platform, largest head size or any, kernel, note). `auto` takes the first that fits
 # (and, where the devices are here, passes its self-test).
-RESOLUTION: tuple[tuple[str, int | None, str, str | None], ...] = (
+RESOLUTION: tuple[tuple[str, int | None, KernelName, str | None], ...] = (
     ("tpu", 128, "splash", None),  # 8 to 128 compile; 256 overflows a v5e's vector memory
     ("tpu", None, "xla", "plain attention on TPU: memory O(B N T T)"),
     ("gpu", 128, "triton", None),
@@ -235,7 +235,7 @@ RESOLUTION: tuple[tuple[str, int | None, str, str | None], ...] = (
 )
 
 
-def kernel_names(platform: str, head_dim: int) -> dict[str, str | None]:
+def kernel_names(platform: str, head_dim: int) -> dict[KernelName, str | None]:
     """The kernels of a platform, the first choice first, with their notes."""
     notes = {
         name: note

@@ -79,7 +79,7 @@ def test_padding_changes_nothing(side):
 
 @pytest.mark.parametrize("layers", [3, 37])
 def test_prefill_and_decode_with_a_cache_equal_whole_rows(layers):
-    """Two rows whose prompts end at different places, one token at a time; 37 layers are scanned."""
+    """Two rows whose prompts end at different places, token by token; 37 layers are scanned."""
     _, network, params, _ = tiny_model(num_hidden_layers=layers)
     whole = params
     params = unstack(params) if network.unrolls else params
