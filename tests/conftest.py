@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from medreason_jax.data.chat import ChatTokenizer
-from medreason_jax.data.tokenizer_training import train_tokenizer
-
 DATA = Path(os.environ.get("MEDREASON_DATA", "../shared/data"))
 
 
@@ -21,6 +18,8 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
+    from medreason_jax.data.tokenizer_training import train_tokenizer
+
     folder = tmp_path_factory.mktemp("small") / "tokenizer"
     texts = ["Velotan is given 2 times a day.", "高血圧には何を使いますか。"]
     train_tokenizer(texts * 10, 320, "Answer.", folder)
@@ -29,4 +28,6 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_tokenizer(tokenizer_folder):
+    from medreason_jax.data.chat import ChatTokenizer  # data generation's tests do without jax
+
     return ChatTokenizer(tokenizer_folder)

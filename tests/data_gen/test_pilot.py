@@ -10,7 +10,7 @@ from data_gen.cli import main
 from data_gen.formulary import FormularySettings, write_formulary
 from data_gen.records import Mcq, read_records, write_records
 
-QUESTIONS = 240
+QUESTIONS, PILOT = 240, 60
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,15 @@ def told(config: Path, tmp_path_factory) -> dict:
     from data_gen.pilot import run_pilot
     from data_gen.pipeline import run
 
-    pilot = run_pilot(load_config(config), 40)
+    pilot = run_pilot(load_config(config), PILOT)
     return {**pilot, "run": run(load_config(config))["calls"]}
 
 
 def test_every_question_of_a_pilot_is_searched_or_rejected(told):
     accepted = told["acceptance"]
-    assert told["questions"] == 40 and told["of"] == QUESTIONS
+    assert told["questions"] == PILOT and told["of"] == QUESTIONS
     assert accepted["problems"]["of_questions"] >= accepted["verified"]["of_questions"] > 0
-    assert accepted["written"]["of_questions"] + sum(told["rejected"].values()) == 40
+    assert accepted["written"]["of_questions"] + sum(told["rejected"].values()) == PILOT
     low, high = accepted["written"]["interval95"]
     assert 0 < low < accepted["written"]["rate"] < high < 1
 
@@ -75,11 +75,13 @@ def test_the_run_does_not_pay_for_the_calls_of_its_pilot_again(told, config: Pat
     out = yaml.safe_load(config.read_text())["out"]
     pilot_calls = {line["id"] for line in read_lines(Path(out) / "pilot/problems.jsonl")}
     whole = {line["id"]: line["calls"] for line in read_lines(Path(out) / "problems.jsonl")}
-    again = read_lines(Path(out) / "pilot/problems.jsonl")
-    same = [line for line in again if line["id"] in whole]
+    lines = read_lines(Path(out) / "pilot/problems.jsonl")
+    same = [line for line in lines if line["id"] in whole]
     assert pilot_calls and same
     assert all(line["calls"] == whole[line["id"]] for line in same)  # the same keys
-    assert main(["pilot", str(config), "-n", "40", "--json"]) == 0  # a second pilot asks nothing
+    assert (
+        main(["pilot", str(config), "-n", str(PILOT), "--json"]) == 0
+    )  # a second pilot asks nothing
     told_again = json.loads(capsys.readouterr().out)
     assert told_again == {name: value for name, value in told.items() if name != "run"}
 
@@ -89,6 +91,10 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def test_a_pilot_is_printed_for_people(told, config: Path, capsys):
-    assert main(["pilot", str(config), "-n", "40"]) == 0
+    assert main(["pilot", str(config), "-n", str(PILOT)]) == 0
     said = capsys.readouterr().out
-    assert "40 of 240 questions, every step" in said and "hours:" in said and " USD (" in said
+    assert (
+        f"{PILOT} of {QUESTIONS} questions, every step" in said
+        and "hours:" in said
+        and " USD (" in said
+    )
