@@ -157,20 +157,19 @@ def config_of(task: Task):
 
 
 def packed(task: Task) -> dict[str, Any]:
-    """A batch as the trainer's: [rows, length], documents of equal length in a row."""
+    """A batch of the trainer's rows: [rows, length], documents of equal length in a row."""
     import numpy as np
 
-    tokens, shape = task.tokens_BT().astype(np.int32), (task.rows, task.length)
-    places_T, each = np.arange(task.length, dtype=np.int32), task.length // task.segments
-    document_T = np.minimum(places_T // each, task.segments - 1)
-    last_T = np.append(document_T[1:] != document_T[:-1], True)
-    rows = {
-        "weights": (~last_T).astype(np.float32),
-        "segments": document_T + 1,
-        "positions": places_T - document_T * each,
-    }
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1)}
-    batch |= {name: np.broadcast_to(x_T, shape) for name, x_T in rows.items()}
+    from medreason_jax.data.chat import Encoded
+    from medreason_jax.data.packing import make_row
+
+    def row(tokens_T):
+        parts = np.array_split(tokens_T, task.segments)
+        items = [Encoded(ids, np.ones(len(ids), bool)) for ids in parts]
+        return make_row(items, task.length, pad_id=0)
+
+    rows = [row(tokens_T) for tokens_T in task.tokens_BT()]
+    batch = {name: np.stack([each[name] for each in rows]) for name in rows[0]}
     if task.pairs:
         batch["pairs"] = np.ones((task.rows, task.pairs), np.float32)
     return batch

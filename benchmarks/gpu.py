@@ -42,18 +42,18 @@ PARTS = {
 # Parts whose figures have a process each: whole models, and what changes its process for good.
 APART = {name for name in PARTS if name.startswith(("train", "adapters", "decode", "peers"))}
 
-# (figure, bar, stretch): of the figures of one H200; larger is better but for milliseconds.
-BARS = (
-    ("train 7B", "tok/s", 11_000, 13_200),
-    ("train 1.5B", "tok/s", 45_000, 52_000),
-    ("train 0.5B", "tok/s", 110_000, 130_000),
-    ("train 7B lora", "tok/s", 14_110, 18_000),
-    ("head 8192x4096x131072", "ms", 50.4, 44.0),
-    ("decode 7B, batch 256", "tok/s", 14_000, 17_000),
-    ("decode 1.5B, batch 256", "tok/s", 50_000, None),
-    ("decode 0.5B, batch 256", "tok/s", 100_000, None),
-    ("ppo 1.5B", "samples/s", 12, 18),
-)
+# Bar and stretch of one H200, by what a figure's name begins with, in the figure's unit.
+BARS: dict[str, tuple[float, float | None]] = {
+    "train 7B": (11_000, 13_200),
+    "train 1.5B": (45_000, 52_000),
+    "train 0.5B": (110_000, 130_000),
+    "train 7B lora": (14_110, 18_000),
+    "head 8192x4096x131072": (50.4, 44.0),
+    "decode 7B, batch 256": (14_000, 17_000),
+    "decode 1.5B, batch 256": (50_000, None),
+    "decode 0.5B, batch 256": (100_000, None),
+    "ppo 1.5B": (12, 18),
+}
 
 
 def run_part(name: str, out: Path, tiny: bool) -> bool:
@@ -140,15 +140,12 @@ def line_of(record: dict[str, Any]) -> str:
 
 def table(out: Path) -> list[str]:
     """Markdown: every figure with its floor, its three times and, where there is one, its bar."""
-    bars = {(figure, unit): rest for figure, unit, *rest in BARS}
     rows = ["| figure | measured | of its floor | best, worst | bar | stretch | more |"]
     rows.append("|---|---:|---:|---|---:|---:|---|")
-    for name in PARTS:
-        for record in read(out / f"{name}.jsonl"):
+    for part in PARTS:
+        for record in read(out / f"{part}.jsonl"):
             if "failed" in record:
-                rows.append(
-                    f"| {record['figure']} | - | | | | | {record['failed'].replace('|', '/')} |"
-                )
+                rows.append(f"| {record['figure']} | - | | | | | {record['failed']} |")
                 continue
             known = ("figure", "value", "unit", "floor", "times", "took")
             more = "; ".join(f"{k} {v}" for k, v in record.items() if k not in known)
@@ -159,8 +156,8 @@ def table(out: Path) -> list[str]:
             times = (
                 ", ".join(f"{1e3 * t:.4g} ms" for t in record["times"]) if "times" in record else ""
             )
-            key = next((k for k in bars if record["figure"].split(";")[0] == k[0]), None)
-            bar, stretch = bars[key] if key is not None else ("", "")
+            name = record["figure"].split(";")[0]
+            bar, stretch = BARS[name] if name in BARS else ("", "")
             value = f"{record['value']:,.4g} {record['unit']}" if "value" in record else ""
             cells = (record["figure"], value, share, times, bar, stretch or "", more)
             rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")

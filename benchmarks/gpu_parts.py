@@ -31,7 +31,7 @@ class Scale:
 
     models: dict[str, dict[str, Any]]  # fields of config.json by size
     length: int
-    tokens: tuple[int, ...]  # of a step, tried from the first
+    tokens: tuple[int, ...]  # of a step, the most first
     head: tuple[int, int, int]  # tokens, D, V
     batches: tuple[int, ...]  # of decoding
     prompt: int
@@ -447,10 +447,10 @@ def tokens_per_second(s: Scale, size: str, batch: int, contestant: Callable) -> 
 def floor_of_decoding(s: Scale, size: str, batch: int) -> float:
     """Seconds of a step: all weights and the cache are read, then the products made."""
     from medreason_jax.qwen2.sizes import read_sizes
+    from medreason_jax.train.speed import product_parameters
 
     sizes = read_sizes(s.models[size])
-    vocabulary = sizes.vocab_size * sizes.hidden_size
-    weights = sizes.parameter_count - (0 if sizes.tie_word_embeddings else vocabulary)
+    weights = product_parameters(sizes)
     itemsize = 2 if s.dtype == "bfloat16" else 4
     context = s.prompt + s.new / 2
     width = 2 * sizes.num_key_value_heads * sizes.head_dim * itemsize

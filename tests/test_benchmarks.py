@@ -26,7 +26,7 @@ def test_parts_are_measured_once_and_failures_are_figures(tmp_path):
     by_kernel = {f["figure"].split(",")[0]: f for f in figures}
     assert by_kernel["attention xla"]["unit"] == "ms"
     assert "cuDNN" in by_kernel["attention cudnn causal"]["failed"]
-    assert "| train 7B lora; context+qkv, 256 tokens |" in said
+    assert "| train 7B lora; 384 tokens a step |" in said
     assert "| 14110 | 18000 |" in said
     head = tmp_path / "head.jsonl"
     whole = head.read_text().splitlines(keepends=True)

@@ -154,10 +154,12 @@ def make_compute(
             f"unroll={unroll} does not divide the model's {sizes.num_hidden_layers} layers"
         )
     device = sharder.mesh.devices.flat[0]
-    shards, head_dim = HeadShards(sharder.mesh), sizes.head_dim
+    shards = HeadShards(sharder.mesh)
     if device in jax.devices():
-        heads = sizes.num_attention_heads, sizes.num_key_value_heads, head_dim
-        kernel = choose_checked_kernel(attention, device.platform, *heads, jnp.dtype(dtype), shards)
+        heads = sizes.num_attention_heads, sizes.num_key_value_heads
+        kernel = choose_checked_kernel(
+            attention, device.platform, *heads, sizes.head_dim, jnp.dtype(dtype), shards
+        )
     else:  # only compiled for
-        kernel = choose_kernel(attention, device.platform, head_dim, shards)
+        kernel = choose_kernel(attention, device.platform, sizes.head_dim, shards)
     return Compute(jnp.dtype(dtype), kernel, sharder, remat, unroll)

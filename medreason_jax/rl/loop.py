@@ -64,7 +64,7 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     scale = 1.0 if config.critic_rate is None else config.critic_rate / rate
     rates = (Rate(r"^critic\.", scale),)
     optimizer, _ = optimizer_of(config.optimizer, steps, rates)
-    # The same state: what is frozen keeps its place, and its moments stay 0.
+    # Takes the same state: the policy's moments stay 0, count and rate go on.
     warmup, _ = optimizer_of(config.optimizer, steps, rates, first=(Rate(r"^policy\.", 0.0),))
     trainable, frozen = place_split(
         model.params, model.network, model.sharder, lora, needs_reference=True, key=key

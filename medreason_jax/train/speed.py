@@ -30,6 +30,12 @@ PEAK_FLOPS = {
 }
 
 
+def product_parameters(sizes: Sizes) -> int:
+    """Parameters in a product of every token: the body and the vocabulary projection."""
+    looked_up = 0 if sizes.tie_word_embeddings else sizes.vocab_size * sizes.hidden_size
+    return sizes.parameter_count - looked_up
+
+
 def training_flops(sizes: Sizes, lora: Lora | None, tokens: float, attended: float) -> float:
     """Model FLOPs of a forward and backward pass, what is computed again not counted.
 
@@ -38,12 +44,11 @@ def training_flops(sizes: Sizes, lora: Lora | None, tokens: float, attended: flo
     x heads x head size for each (query, key) pair, of which a document of n tokens has n^2 / 2:
     `attended` is the sum of n^2.
     """
-    vocabulary = sizes.vocab_size * sizes.hidden_size
-    looked_up = vocabulary * (1 if sizes.tie_word_embeddings else 2)
-    products = sizes.parameter_count - looked_up + vocabulary
     each = 6 if lora is None else 4
     width = sizes.num_attention_heads * sizes.head_dim
-    return each * products * tokens + 6 * sizes.num_hidden_layers * width * attended
+    return (
+        each * product_parameters(sizes) * tokens + 6 * sizes.num_hidden_layers * width * attended
+    )
 
 
 class Speed:
