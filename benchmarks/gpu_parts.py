@@ -327,16 +327,17 @@ def project(s: Scale, chunk: int) -> Record:
     import jax.numpy as jnp
 
     from medreason_jax.mesh import TokenShards, make_mesh
-    from medreason_jax.train.head import token_scores
+    from medreason_jax.train.head import token_loss
 
     tokens, D, V = s.head
     shards = TokenShards(make_mesh(1, 1, 1, jax.devices()[:1]))
     h = 0.02 * jax.random.normal(jax.random.key(0), (1, tokens, D)).astype(s.dtype)
     W = (0.02 * jax.random.normal(jax.random.key(1), (V, D))).astype(s.dtype)
-    labels = jnp.zeros((1, tokens), jnp.int32)
+    labels, mean = jnp.zeros((1, tokens), jnp.int32), jnp.full((1, tokens), 1 / tokens)
 
     def loss(h, W):
-        return -jnp.mean(token_scores(h, W, labels, shards=shards, chunk=chunk).logp)
+        nll = lambda scores, mean: -scores.logp * mean  # noqa: E731
+        return token_loss(h, W, labels, nll, mean, shards=shards, chunk=chunk)[0]
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     times = seconds_of(lambda: jax.block_until_ready(step(h, W)), inner=3)

@@ -83,14 +83,16 @@ import jax.numpy as jnp
 from medreason_jax.collectives import collective_sizes, loops_of
 from medreason_jax.mesh import TokenShards, batch_sharding, make_mesh
 from medreason_jax.targets import open_devices
-from medreason_jax.train.head import token_scores
+from medreason_jax.train.head import token_loss, token_scores
 
 V, D, T, chunk = 151_936, 896, 4_160, 416
 mesh = make_mesh(1, 4, 4, open_devices(target))
 W = jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
 
 def loss(h, W, labels):
-    return jnp.mean(token_scores(h, W, labels, shards=TokenShards(mesh), chunk=chunk).logp)
+    options = {"shards": TokenShards(mesh), "chunk": chunk}
+    nll, _ = token_loss(h, W, labels, lambda scores, _: -scores.logp, (), **options)
+    return nll + jnp.mean(token_scores(h, W, labels, **options).logp)
 
 shaped = lambda shape, dtype, place: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 text = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(None, W)).lower(

@@ -16,7 +16,7 @@ from medreason_jax.mesh import TokenShards
 from medreason_jax.qwen2.heads import score
 from medreason_jax.qwen2.lora import with_adapter
 from medreason_jax.qwen2.model import Network, Params
-from medreason_jax.train.head import TokenScores, token_scores
+from medreason_jax.train.head import LossOf, TokenScores, token_loss, token_scores
 from medreason_jax.train.losses import clipped_value_loss, dpo_loss, ppo_policy_loss
 
 Batch = dict[str, jax.Array]
@@ -27,17 +27,22 @@ Sums = dict[str, jax.Array]
 class Objective:
     """loss = sum over names of coefficient * sum / weight.
 
-    `weights(batch)` depends on masks only, so the step takes them over the global batch before it
-    splits the batch; accumulation, packing and sharding then cannot move the loss.
-    `sums(trainable, frozen, batch)` gives a loss sum for every weight, and metrics as {name: (sum,
-    weight)}.
+    `weights(batch)` depends on masks only, so the step takes `scales` over the global batch before
+    it splits the batch; accumulation, packing and sharding then cannot move the loss.
+    `losses(trainable, frozen, batch, scales)` gives the loss, to be differentiated; its parts, the
+    sums times their scales; and metrics as {name: (sum, weight)}.
     """
 
     weights: Callable[[Batch], Sums] = struct.field(pytree_node=False)
-    sums: Callable[[Params, Params, Batch], tuple[Sums, dict[str, Any]]] = struct.field(
-        pytree_node=False
+    losses: Callable[[Params, Params, Batch, Sums], tuple[jax.Array, Sums, dict[str, Any]]] = (
+        struct.field(pytree_node=False)
     )
     coefficients: dict[str, float] = struct.field(pytree_node=False)
+
+    def scales(self, batch: Batch) -> Sums:
+        """coefficient / weight of every name; a weight of nothing counts as 1."""
+        weights = self.weights(batch).items()
+        return {name: self.coefficients[name] / jnp.maximum(w, 1.0) for name, w in weights}
 
 
 @struct.dataclass
@@ -55,14 +60,21 @@ class Scorer:
     def scores(self, params: Params, batch: Batch, h_BTD=None) -> TokenScores:
         """Of the targets, [B, T] float32."""
         h_BTD = self.hidden(params, batch) if h_BTD is None else h_BTD
-        return token_scores(
-            h_BTD,
-            self.network.vocabulary_kernel(params),
-            batch["targets"],
-            shards=self.shards,
-            chunk=self.chunk,
-            temperature=self.temperature,
-        )
+        return token_scores(*self._head(params, batch, h_BTD), **self._settings)
+
+    def loss(
+        self, params: Params, batch: Batch, h_BTD, loss_of: LossOf, fields
+    ) -> tuple[jax.Array, TokenScores]:
+        """`token_loss` of the targets, and their scores."""
+        head = self._head(params, batch, h_BTD)
+        return token_loss(*head, loss_of, fields, **self._settings)
+
+    def _head(self, params: Params, batch: Batch, h_BTD):
+        return h_BTD, self.network.vocabulary_kernel(params), batch["targets"]
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"shards": self.shards, "chunk": self.chunk, "temperature": self.temperature}
 
 
 @struct.dataclass
@@ -98,15 +110,22 @@ def language_modelling(policy: Policy, z_loss: float = 0.0) -> Objective:
         tokens = jnp.sum(batch["weights"])
         return {"nll": tokens, "z": tokens} if z_loss > 0 else {"nll": tokens}
 
-    def sums(trainable, frozen, batch):
-        scores, mask_BT = policy.scores(trainable, frozen, batch), batch["weights"]
-        losses = {"nll": -jnp.sum(scores.logp * mask_BT)}
-        if z_loss > 0:
-            losses["z"] = jnp.sum(scores.log_norm**2 * mask_BT)
-        correct = jnp.sum(scores.correct * mask_BT)
-        return losses, {"token_accuracy": (correct, jnp.sum(mask_BT))}
+    def loss_of(scores: TokenScores, scaled: Sums) -> jax.Array:
+        loss = -scores.logp * scaled["nll"]
+        return loss + scores.log_norm**2 * scaled["z"] if z_loss > 0 else loss
 
-    return Objective(weights, sums, {"nll": 1.0, "z": z_loss})
+    def losses(trainable, frozen, batch, scales):
+        params, mask_BT = policy.params(trainable, frozen), batch["weights"]
+        scaled = {name: scale * mask_BT for name, scale in scales.items()}
+        h_BTD = policy.scorer.hidden(params, batch)
+        loss, scores = policy.scorer.loss(params, batch, h_BTD, loss_of, scaled)
+        parts = {"nll": -jnp.sum(scores.logp * scaled["nll"])}
+        if z_loss > 0:
+            parts["z"] = jnp.sum(scores.log_norm**2 * scaled["z"])
+        correct = jnp.sum(scores.correct * mask_BT)
+        return loss, parts, {"token_accuracy": (correct, jnp.sum(mask_BT))}
+
+    return Objective(weights, losses, {"nll": 1.0, "z": z_loss})
 
 
 def preference(policy: Policy, beta: float, alpha: float) -> Objective:
@@ -127,7 +146,7 @@ def preference(policy: Policy, beta: float, alpha: float) -> Objective:
         sums_BS = jnp.einsum("bt,bts->bs", logp_BT, member_BTS)
         return sums_BS[:, 1::2], sums_BS[:, 2::2], jnp.sum(member_BTS, axis=1)[:, 1::2]
 
-    def sums(trainable, frozen, batch):
+    def losses(trainable, frozen, batch, scales):
         logp_BT = policy.scores(trainable, frozen, batch).logp
         reference_BT = policy.reference_logp(frozen, batch)
         chosen_BP, rejected_BP, length_BP = per_segment(logp_BT, batch)
@@ -143,9 +162,11 @@ def preference(policy: Policy, beta: float, alpha: float) -> Objective:
             "chosen_logp": (jnp.sum(chosen_BP * pairs_BP), count),
             "rejected_logp": (jnp.sum(rejected_BP * pairs_BP), count),
         }
-        return {"dpo": jnp.sum(losses_BP * pairs_BP), "nll": jnp.sum(nll_BP * pairs_BP)}, metrics
+        sums = {"dpo": jnp.sum(losses_BP * pairs_BP), "nll": jnp.sum(nll_BP * pairs_BP)}
+        parts = {name: scales[name] * total for name, total in sums.items()}
+        return sum(parts.values()), parts, metrics
 
-    return Objective(weights, sums, {"dpo": 1.0, "nll": alpha})
+    return Objective(weights, losses, {"dpo": 1.0, "nll": alpha})
 
 
 def proximal_policy(policy: Policy, clip: float, value_clip: float, value_coef: float) -> Objective:
@@ -159,25 +180,31 @@ def proximal_policy(policy: Policy, clip: float, value_clip: float, value_coef: 
         tokens = jnp.sum(batch["weights"])
         return {"policy": tokens, "value": tokens}
 
-    def sums(trainable, frozen, batch):
+    def clipped_loss(scores: TokenScores, fields: Batch):
+        return ppo_policy_loss(scores.logp, fields["old_logp"], fields["advantages"], clip)
+
+    def loss_of(scores: TokenScores, fields: Batch) -> jax.Array:
+        return clipped_loss(scores, fields)[0] * fields["weights"]
+
+    def losses(trainable, frozen, batch, scales):
         mask_BT = batch["weights"]
         params = policy.params(trainable["policy"], frozen)
         h_BTD = policy.scorer.hidden(params, batch)
-        scores = policy.scorer.scores(params, batch, h_BTD)
-        logp_BT, entropy_BT = scores.logp, scores.entropy
+        fields = {name: batch[name] for name in ("old_logp", "advantages")}
+        fields["weights"] = scales["policy"] * mask_BT
+        policy_loss, scores = policy.scorer.loss(params, batch, h_BTD, loss_of, fields)
         values_BT = score(trainable["critic"], jax.lax.stop_gradient(h_BTD))[..., 0]
-        policy_BT, clipped_BT = ppo_policy_loss(
-            logp_BT, batch["old_logp"], batch["advantages"], clip
-        )
         value_BT = clipped_value_loss(values_BT, batch["old_values"], batch["returns"], value_clip)
+        value_loss = scales["value"] * jnp.sum(value_BT * mask_BT)
+        _, clipped_BT = clipped_loss(scores, fields)
         tokens = jnp.sum(mask_BT)
-        log_ratio_BT = logp_BT - batch["old_logp"]
+        log_ratio_BT = scores.logp - batch["old_logp"]
         metrics = {
-            "entropy": (jnp.sum(entropy_BT * mask_BT), tokens),
+            "entropy": (jnp.sum(scores.entropy * mask_BT), tokens),
             "clip_fraction": (jnp.sum(clipped_BT * mask_BT), tokens),
             "approx_kl": (jnp.sum(0.5 * log_ratio_BT**2 * mask_BT), tokens),
         }
-        losses = {"policy": jnp.sum(policy_BT * mask_BT), "value": jnp.sum(value_BT * mask_BT)}
-        return losses, metrics
+        parts = {"policy": policy_loss, "value": value_loss}
+        return policy_loss + value_loss, parts, metrics
 
-    return Objective(weights, sums, {"policy": 1.0, "value": value_coef})
+    return Objective(weights, losses, {"policy": 1.0, "value": value_coef})

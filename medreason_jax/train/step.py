@@ -45,14 +45,11 @@ def make_train_step(
         return sharder(x, (None, "batch") + (None,) * (x.ndim - 2))
 
     def step(state: TrainState, frozen, batch):
-        weights = {name: jnp.maximum(w, 1.0) for name, w in objective.weights(batch).items()}
+        scales = objective.scales(batch)
 
         def loss_and_metrics(params, part):
-            sums, metrics = objective.sums(params, frozen, part)
-            losses = {
-                name: objective.coefficients[name] * sums[name] / weights[name] for name in sums
-            }
-            return sum(losses.values()), (losses, metrics)
+            loss, *others = objective.losses(params, frozen, part, scales)
+            return loss, others
 
         gradient = jax.grad(loss_and_metrics, has_aux=True)
 

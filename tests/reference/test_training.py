@@ -136,8 +136,7 @@ def test_sft_loss_and_gradients_equal_those_of_transformers(tokenizer, tied):
     batch, params = packed_batch(tokenizer), our_params(reference)
 
     def loss(params):
-        sums, _ = objective.sums(params, {}, batch)
-        return sums["nll"] / objective.weights(batch)["nll"]
+        return objective.losses(params, {}, batch, objective.scales(batch))[0]
 
     ours, gradients = jax.jit(jax.value_and_grad(loss))(params)
     theirs = torch_loss(reference, tokenizer)

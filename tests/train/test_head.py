@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medreason_jax.mesh import TokenShards, path_name
-from medreason_jax.train.head import TokenScores, token_scores
+from medreason_jax.train.head import TokenScores, token_loss, token_scores
 from medreason_jax.train.objectives import Policy, language_modelling
 from tests.tiny import some_mesh, tiny_model
 
@@ -74,6 +74,41 @@ def test_chunked_head_equals_full_softmax(mesh_shape, chunk):
             assert_near(a, b)
 
 
+@pytest.mark.parametrize(
+    ("mesh_shape", "chunk"),
+    [*(((1, 1, 1), chunk) for chunk in (7, 1000)), ((1, 2, 4), 7), ((2, 2, 2), 7)],
+)
+def test_a_loss_by_token_has_the_gradient_of_a_full_softmax(mesh_shape, chunk):
+    """The gradient that the forward pass took, of everything that a loss can be made of."""
+    h_BTD, W_VD, labels_BT = drawn_inputs()
+    keys = jax.random.split(jax.random.key(5), 2)
+    fields = {name: jax.random.normal(key, (4, 9)) for name, key in zip("ab", keys, strict=True)}
+    options = {"shards": TokenShards(some_mesh(mesh_shape)), "chunk": chunk}
+    options["temperature"] = TEMPERATURE
+
+    def loss_of(scores: TokenScores, fields):
+        likelihood = jnp.exp(scores.logp - 0.1 * fields["b"]) + 0.2 * scores.entropy
+        return fields["a"] * (likelihood + 0.3 * scores.log_norm**2)
+
+    def ours(h_BTD, W_VD):
+        loss, scores = token_loss(h_BTD, W_VD, labels_BT, loss_of, fields, **options)
+        return 3 * loss, scores
+
+    def theirs(h_BTD, W_VD):
+        scores = full_scores(h_BTD, W_VD, labels_BT, TEMPERATURE)
+        return 3 * jnp.sum(loss_of(scores, fields)), scores
+
+    (ours_out, gradients), (theirs_out, wanted) = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(h_BTD, W_VD)
+        for f in (ours, theirs)
+    )
+    for a, b in zip(
+        jax.tree.leaves((ours_out, gradients)), jax.tree.leaves((theirs_out, wanted)), strict=True
+    ):
+        assert_near(a, b)
+    assert_near(jax.jit(ours)(h_BTD, W_VD)[0], theirs_out[0])  # without a gradient
+
+
 def drawn_batch(rows: int = 2, length: int = 30) -> dict[str, jax.Array]:
     random = np.random.default_rng(3)
     batch = {
@@ -126,9 +161,7 @@ def test_z_loss_is_the_mean_square_of_log_z_over_the_targets():
     objective = language_modelling(Policy(scorer, scorer, adapted=False), z_loss=0.02)
 
     def ours(params):
-        sums, _ = objective.sums(params, {}, batch)
-        weights = objective.weights(batch)
-        return sum(objective.coefficients[name] * sums[name] / weights[name] for name in sums)
+        return objective.losses(params, {}, batch, objective.scales(batch))[0]
 
     def plain(params):
         z_BTV = scorer.hidden(params, batch) @ params["embed_tokens"]["embedding"].T

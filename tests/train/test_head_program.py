@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from medreason_jax.collectives import collective_sizes, loops_of
 from medreason_jax.mesh import TokenShards, batch_sharding
-from medreason_jax.train.head import token_scores
+from medreason_jax.train.head import token_loss, token_scores
 from tests.tiny import some_mesh
 
 V, D, T, CHUNK = 151_936, 896, 4_160, 416
@@ -40,8 +40,14 @@ def real_scores(h_BTD, W_VD, labels_BT, mesh):
     return token_scores(h_BTD, W_VD, labels_BT, shards=shards, chunk=CHUNK).logp
 
 
-def traced(scores, mesh_shape, rows: int, length: int):
-    """The traced gradient of the mean log-probability in h and W."""
+def real_loss(h_BTD, W_VD, labels_BT, mesh):
+    loss_of = lambda scores, fields: -scores.logp * fields  # noqa: E731
+    options = {"shards": TokenShards(mesh), "chunk": CHUNK}
+    return token_loss(h_BTD, W_VD, labels_BT, loss_of, jnp.ones(labels_BT.shape), **options)[0]
+
+
+def traced(scores, mesh_shape, rows: int, length: int, argnums=(0, 1)):
+    """The traced gradient of the mean log-probability, or of the loss, in h and W."""
     mesh = some_mesh(mesh_shape)
     place = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
     arguments = (
@@ -50,7 +56,8 @@ def traced(scores, mesh_shape, rows: int, length: int):
         jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh)),
     )
     mean = lambda h, W, labels: jnp.mean(scores(h, W, labels, mesh=mesh))  # noqa: E731
-    return jax.jit(jax.grad(mean, argnums=(0, 1)), out_shardings=(None, place)).trace(*arguments)
+    places = (None, place)[: len(argnums)]
+    return jax.jit(jax.grad(mean, argnums), out_shardings=places).trace(*arguments)
 
 
 def jaxpr_shapes(jaxpr):
@@ -97,8 +104,20 @@ def grows_slowly(scores) -> bool:
 
 @pytest.mark.parametrize("check", [holds_no_logits, grows_slowly])
 def test_no_array_has_all_tokens_and_the_vocabulary(check):
-    assert check(real_scores)
+    assert check(real_scores) and check(real_loss)
     assert not check(naive_scores)
+
+
+def products(scores, argnums) -> int:
+    """Matrix products of a chunk."""
+    text = traced(scores, (1, 1, 1), 1, T, argnums).lower().compile().as_text()
+    return len(re.findall(r" dot\(|custom-call\(.*matmul", text))
+
+
+def test_a_loss_by_token_makes_its_logits_once():
+    """Logits and two gradients: 6 M V D in place of 8; a frozen W has no gradient."""
+    assert products(real_loss, (0, 1)) == 3 and products(real_scores, (0, 1)) == 4
+    assert products(real_loss, (0,)) == 2
 
 
 def largest_in_loops(scores) -> int:
@@ -115,4 +134,5 @@ def largest_in_loops(scores) -> int:
 def test_a_loop_moves_at_most_one_chunk_of_hidden_states():
     one_chunk = CHUNK * D * 4  # float32
     assert largest_in_loops(real_scores) <= one_chunk
+    assert largest_in_loops(real_loss) <= one_chunk
     assert largest_in_loops(partitioned_scan) > one_chunk

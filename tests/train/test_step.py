@@ -202,11 +202,12 @@ def test_a_fresh_adapter_is_its_own_reference(dtype):
     given = stage(ONE, "lora", dtype)
     batch = jax.tree.map(jnp.asarray, pair_batch(items(8, seed=3), 4))
     objective = preference(given.policy, beta=0.1, alpha=0.0)
-    sums, metrics = jax.jit(objective.sums)(given.trainable, given.frozen, batch)
-    assert np.float32(sums["dpo"] / objective.weights(batch)["dpo"]) == np.float32(np.log(2.0))
+    losses, scales = jax.jit(objective.losses), {"dpo": 1.0, "nll": 0.0}
+    loss, _, metrics = losses(given.trainable, given.frozen, batch, scales)
+    assert np.float32(loss / objective.weights(batch)["dpo"]) == np.float32(np.log(2.0))
     assert float(metrics["margin"][0]) == 0.0
-    moved, metrics = jax.jit(objective.sums)(rough_adapter(given.trainable), given.frozen, batch)
-    assert float(moved["dpo"]) != float(sums["dpo"]) and float(metrics["margin"][0]) != 0.0
+    moved, _, metrics = losses(rough_adapter(given.trainable), given.frozen, batch, scales)
+    assert float(moved) != float(loss) and float(metrics["margin"][0]) != 0.0
 
 
 def test_preference_loss_equals_a_loop_over_pairs():
@@ -215,9 +216,9 @@ def test_preference_loss_equals_a_loop_over_pairs():
     answers = items(6, seed=3)
     batch = jax.tree.map(jnp.asarray, pair_batch(answers, 4))
     objective = preference(Policy(scorer, scorer, adapted=False), beta=0.1, alpha=1.0)
-    sums, _ = jax.jit(objective.sums)(params, {"reference": reference}, batch)
-    weights = objective.weights(batch)
-    ours = sum(float(sums[name] / weights[name]) for name in sums)
+    scales = objective.scales(batch)
+    ours, parts, _ = jax.jit(objective.losses)(params, {"reference": reference}, batch, scales)
+    assert float(ours) == pytest.approx(float(parts["dpo"] + parts["nll"]))
 
     scores = jax.jit(lambda params, row: scorer.scores(params, row))
 
@@ -230,4 +231,4 @@ def test_preference_loss_equals_a_loop_over_pairs():
         (w, n), (l_, _) = answer_logp(params, chosen), answer_logp(params, rejected)
         margin = w - answer_logp(reference, chosen)[0] - l_ + answer_logp(reference, rejected)[0]
         losses.append(-float(jax.nn.log_sigmoid(0.1 * margin)) - w / max(n, 1))
-    assert ours == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(ours) == pytest.approx(np.mean(losses), rel=1e-5)
