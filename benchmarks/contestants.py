@@ -30,6 +30,8 @@ class Task:
     device: str = "cpu"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"
+    deterministic: bool = False
     chunk: int = 2048  # tokens of the vocabulary projection
     mu: str = "float32"  # of AdamW's first moment
     lora: int | None = None  # its rank, on every projection
@@ -74,7 +76,7 @@ def medreason(task: Task, folder: Path | None) -> Work:
 
     from medreason_jax.generate.engine import Engine
     from medreason_jax.generate.sampling import Sampling
-    from medreason_jax.mesh import make_mesh, make_sharder
+    from medreason_jax.mesh import make_mesh, make_sharder, start_processes
     from medreason_jax.plan import memory_of
     from medreason_jax.qwen2.huggingface import import_params
     from medreason_jax.qwen2.load import make_compute
@@ -84,9 +86,11 @@ def medreason(task: Task, folder: Path | None) -> Work:
     from medreason_jax.train.program import lora_of, make_program, place_split
 
     sizes, config = read_sizes(task.fields), config_of(task)
+    start_processes(None, task.deterministic)
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
-    compute = make_compute(sharder, sizes, task.dtype, remat=task.remat, unroll=task.unroll)
+    how = {"remat": task.remat, "unroll": task.unroll, "attention": task.attention}
+    compute = make_compute(sharder, sizes, task.dtype, **how)
     network, _ = make_network(sizes, compute)
     program = make_program(config, network, sharder, config.steps)
     made: dict[str, Any] = {}
@@ -137,6 +141,8 @@ def config_of(task: Task):
         sources=[{"path": "unused", "kind": "preference" if task.pairs else "sft"}],
         steps=1000,
         dtype=task.dtype,
+        attention=task.attention,
+        deterministic=task.deterministic,
         remat=task.remat,
         unroll=task.unroll,
         head_chunk=task.chunk,
@@ -186,16 +192,19 @@ def torch(
     compiled: bool = False,
     liger: bool = False,
     static: bool = False,
+    masters: bool = False,
 ) -> Work:
-    """`transformers` in `task.dtype` (peft's adapter in float32); cuDNN attention, `compile`,
-    Liger's kernels (of the whole process) and a static cache are asked for by name."""
+    """`transformers` in `task.dtype` (peft's adapter in float32), or with float32 masters that
+    autocast computes in it; cuDNN attention, `compile`, Liger's kernels (of the whole process) and
+    a static cache are asked for by name."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.set_num_threads(task.threads)
     torch.manual_seed(0)
-    dtype = getattr(torch, task.dtype)
+    dtype = torch.float32 if masters else getattr(torch, task.dtype)
+    cast = partial(torch.autocast, task.device, getattr(torch, task.dtype), enabled=masters)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
@@ -237,7 +246,8 @@ def torch(
             made["model"] = torch.compile(trained) if compiled else trained
             made["tokens"] = torch.from_numpy(task.tokens_BT()).to(task.device)
         with attention():
-            loss = made["model"](input_ids=made["tokens"], labels=made["tokens"]).loss
+            with cast():
+                loss = made["model"](input_ids=made["tokens"], labels=made["tokens"]).loss
             loss.backward()
         made["optimizer"].step()
         made["optimizer"].zero_grad(set_to_none=True)

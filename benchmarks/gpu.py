@@ -1,6 +1,6 @@
 """What one GPU does, beside its floor and beside the peers on the same card, as one table.
 
-    python benchmarks/gpu.py --out results [--parts ceilings,attention,...] [--tiny]
+    python benchmarks/gpu.py --out results [--parts ceilings,attention,...] [--only TEXT] [--tiny]
 
 Every part has processes of its own (memory is given back) and at most nine minutes, and writes each
 figure to OUT/<part>.jsonl as it has it: a part that was cut off goes on after its last figure, and
@@ -56,7 +56,7 @@ BARS: dict[str, tuple[float, float | None]] = {
 }
 
 
-def run_part(name: str, out: Path, tiny: bool) -> bool:
+def run_part(name: str, out: Path, tiny: bool, only: str) -> bool:
     """In this process: what is in OUT already is not measured again. Whether some may be left."""
     path, begun = out / f"{name}.jsonl", out / f"{name}.begun"
     known = read(path)
@@ -67,7 +67,7 @@ def run_part(name: str, out: Path, tiny: bool) -> bool:
     done = {record["figure"] for record in known}
     scale = gpu_parts.scale(tiny, read(out / "ceilings.jsonl"))
     for figure, measure in PARTS[name](scale):
-        if figure in done:
+        if figure in done or only not in figure:
             continue
         begun.write_text(figure)
         record = {"figure": figure, **measured(measure)}
@@ -97,7 +97,7 @@ def one_line(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
-def run_all(names: list[str], out: Path, tiny: bool, limit: float) -> None:
+def run_all(names: list[str], out: Path, tiny: bool, only: str, limit: float) -> None:
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "0",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
@@ -105,7 +105,7 @@ def run_all(names: list[str], out: Path, tiny: bool, limit: float) -> None:
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     for name in names:
-        command = [sys.executable, __file__, "--part", name, "--out", str(out)]
+        command = [sys.executable, __file__, "--part", name, "--out", str(out), "--only", only]
         command += ["--tiny"] if tiny else []
         ends = time.monotonic() + limit
         while time.monotonic() < ends:
@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--only", default="", help="figures with this text in their names")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -178,7 +179,8 @@ def main() -> None:
         parser.error(f"--parts {unknown[0]!r} is none of {', '.join(PARTS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.part is not None:
-        sys.exit(MORE if run_part(arguments.part, arguments.out, arguments.tiny) else 0)
+        left = run_part(arguments.part, arguments.out, arguments.tiny, arguments.only)
+        sys.exit(MORE if left else 0)
     kind = arguments.out / "shapes"
     shapes = "tiny" if arguments.tiny else "full"
     if kind.is_file() and kind.read_text() != shapes:
@@ -186,7 +188,7 @@ def main() -> None:
             f"--out {arguments.out} holds figures of {kind.read_text()} shapes; name another"
         )
     kind.write_text(shapes)
-    run_all(names, arguments.out, arguments.tiny, arguments.limit)
+    run_all(names, arguments.out, arguments.tiny, arguments.only, arguments.limit)
     rows = "\n".join(table(arguments.out))
     (arguments.out / "table.md").write_text(rows + "\n", encoding="utf-8")
     print(rows)

@@ -217,7 +217,7 @@ def candidates() -> dict[str, Callable]:
     import jax
     import jax.numpy as jnp
 
-    from medreason_jax.qwen2.attention import triton_kernel, xla_attention
+    from medreason_jax.qwen2.attention import mosaic_attention, triton_attention, xla_attention
 
     def cudnn_causal(q, k, v, places):  # right for one document a row only
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -256,24 +256,16 @@ def candidates() -> dict[str, Callable]:
         )
         return inside(context_BTNH)
 
-    def mosaic(q, k, v, places):
-        import absl.flags
-        from tokamax._src.ops.attention import base
-        from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+    def of(attend):
+        return lambda q, k, v, places: attend(q, k, v, places, places)
 
-        absl.flags.FLAGS(["benchmark"])
-        starts = jnp.arange(q.shape[1]) - places.positions_BT
-        mask = base.Mask(k_start=starts[:, None], is_causal=True)
-        return IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask)
-
-    triton = triton_kernel(None).attend
     return {
-        "triton": lambda q, k, v, places: triton(q, k, v, places, places),
+        "mosaic": of(mosaic_attention),
+        "triton": of(triton_attention),
         "cudnn packed": cudnn_packed,
         "cudnn causal": cudnn_causal,
         "cudnn mask": cudnn_mask,
-        "xla": lambda q, k, v, places: xla_attention(q, k, v, places, places),
-        "tokamax mosaic": mosaic,
+        "xla": of(xla_attention),
     }
 
 
@@ -360,18 +352,22 @@ VARIANTS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "7B": [
         ("products", 2, {"mu": "bfloat16"}),
         ("products", 2, {"mu": "bfloat16", "documents": 8}),
-        ("context+qkv", 1, {}),
-        ("full", 0, {}),
+        ("products", 2, {"mu": "bfloat16", "attention": "triton"}),
+        ("context+qkv", 1, {"mu": "bfloat16"}),
     ],
     "1.5B": [
-        ("products", 1, {"chunk": 16384}),
         ("products", 0, {}),
-        ("products", 1, {"chunk": 16384, "documents": 8}),
+        ("products", 0, {"documents": 8}),
+        ("products", 1, {}),
+        ("products", 0, {"attention": "triton"}),
         ("none", 1, {}),
     ],
     "0.5B": [
+        ("products", 0, {}),
+        ("products", 0, {"documents": 8}),
         ("products", 0, {"chunk": 32768}),
-        ("products", 0, {"chunk": 32768, "documents": 8}),
+        ("products", 0, {"deterministic": True}),
+        ("products", 0, {"attention": "triton"}),
         ("none", 0, {}),
     ],
 }
@@ -381,7 +377,7 @@ def train(size: str, s: Scale) -> Figures:
     for remat, number, changes in VARIANTS[size]:
         tokens = s.tokens[number]
         told = "".join(f", {name} {n}" for name, n in changes.items())
-        one = task(s, size, tokens, **{"remat": remat, "chunk": 8192, **changes})
+        one = task(s, size, tokens, **{"remat": remat, **changes})
         yield (
             f"train {size}; remat {remat}, {tokens} tokens a step{told}",
             partial(step_of, s, size, one),
@@ -389,7 +385,7 @@ def train(size: str, s: Scale) -> Figures:
 
 
 def adapters(s: Scale) -> Figures:
-    one = task(s, "7B", s.tokens[1], remat="products", lora=16, chunk=8192)
+    one = task(s, "7B", s.tokens[1], remat="products", lora=16)
     yield f"train 7B lora; {s.tokens[1]} tokens a step", partial(step_of, s, "7B", one)
     pairs = task(s, "1.5B", s.tokens[1], remat="context+qkv", pairs=4)
     yield (
@@ -410,6 +406,7 @@ def step_of(s: Scale, size: str, one: Task) -> Record:
     step()
     compiled = time.perf_counter() - begun
     times = seconds_of(step, inner=3)
+    loss = step()
     tokens = one.rows * one.length
     sizes, config = read_sizes(one.fields), config_of(one)
     attended = tokens * one.length / one.segments
@@ -418,7 +415,7 @@ def step_of(s: Scale, size: str, one: Task) -> Record:
         flops *= 4 / 3  # the reference's forward pass
     record = rate(tokens, "tok/s", times, flops / s.flops)
     record |= {"tflops": round(flops / statistics.median(times) / 1e12, 1)}
-    record |= {"first_step_s": round(compiled, 1), "peak_gib": peak_gib()}
+    record |= {"first_step_s": round(compiled, 1), "peak_gib": peak_gib(), "loss": loss}
     return record | {"plan_gib": round(work["bytes"]() / 2**30, 2)}
 
 
@@ -512,8 +509,6 @@ def ppo_iteration(s: Scale, size: str) -> Record:
                 max_new_tokens=new,
                 temperature=1.0,
                 dtype=s.dtype,
-                remat="products",
-                head_chunk=8192,
                 accumulation=max(1, rollouts // 4 // 16),
                 checkpoint_every=10**6,
                 optimizer={"learning_rate": 1e-6, "mu_dtype": "bfloat16"},

@@ -14,10 +14,15 @@ from gpu_parts import REPETITIONS, Figures, Record, Scale, rate, seconds_of, tas
 
 def peers_train(s: Scale) -> Figures:
     best = {"cudnn": True, "liger": True}
+    ways = {
+        "cuDNN, Liger, float32 masters": best | {"masters": True},  # what ours do
+        "cuDNN, Liger": best,
+        "defaults": {},
+    }
     for size in ("1.5B", "7B", "0.5B"):
         tokens = s.tokens[2]
         one = task(s, size, tokens, remat="full" if size == "7B" else "none")
-        for name, options in {"cuDNN, Liger": best, "defaults": {}}.items():
+        for name, options in ways.items():
             figure = f"transformers, {name}: train {size}; {tokens} tokens a step"
             yield figure, partial(peer_step, partial(torch, **options), one)
     lora = task(s, "7B", s.tokens[2], remat="full", lora=16)

@@ -152,8 +152,9 @@ class RunConfig(Strict):
     seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
-    attention: Literal["auto", "xla", "splash", "triton"] = "auto"
-    remat: Literal["none", "products", "context+qkv", "context", "full"] = "none"
+    attention: Literal["auto", "xla", "splash", "mosaic", "triton"] = "auto"
+    deterministic: bool = False  # on GPUs: the same bits in every run, slower
+    remat: Literal["none", "products", "context+qkv", "context", "full"] = "products"
     unroll: Positive = 1
     head_chunk: Positive = 2048
     length: Positive
@@ -402,8 +403,9 @@ def save_yaml(config: BaseModel, path: Path) -> None:
 
 # Where and how fast a run goes may change between its attempts; what it computes may not.
 FREE = {
-    *("folder", "mesh", "attention", "remat", "unroll", "head_chunk", "checkpoint_every"),
+    *("folder", "mesh", "attention", "deterministic", "remat", "unroll", "head_chunk"),
     *(
+        "checkpoint_every",
         "keep_last",
         "keep_every",
         "keep_states",

@@ -85,9 +85,9 @@ def _kernels() -> list[dict[str, Any]]:
     target, shards = jax.devices()[0].platform, HeadShards(make_mesh(-1, 1, 1))
     found = []
     for head_dim in HEAD_DIMS:
-        order = list(kernel_names(target, head_dim))  # as `auto` tries them
-        names: list[KernelName] = [*order, *(name for name in KERNELS if name not in order)]
         for dtype in (jnp.float32, jnp.bfloat16):
+            order = list(kernel_names(target, head_dim, dtype))  # as `auto` tries them
+            names: list[KernelName] = [*order, *(name for name in KERNELS if name not in order)]
             taken = False
             for name in names:
                 last = name == order[-1]  # nothing stands in for it
@@ -104,7 +104,7 @@ def _kernel(
 ) -> dict[str, Any]:
     check = f"attention {name}, head {head_dim}, {jnp.dtype(dtype).name}"
     try:
-        kernel = choose_kernel(name, target, head_dim, shards)
+        kernel = choose_kernel(name, target, head_dim, dtype, shards)
     except ValueError as error:
         return record(check, "not for this platform", None, str(error))
     precision = "highest" if dtype == jnp.float32 else None  # as models are run

@@ -46,12 +46,19 @@ ACTIVATION_AXES = {
 }
 
 
-def start_processes(folder: Path | None = None) -> None:
+DETERMINISTIC = "--xla_gpu_deterministic_ops"
+
+
+def start_processes(folder: Path | None = None, deterministic: bool = False) -> None:
     """Join the other processes of this program, when the launcher says there are any.
 
     Compiled programs are kept in `folder`/compile_cache, unless a place for them was set before or
-    no folder is given.
+    no folder is given. With `deterministic` GPUs give the same bits in every run, if this is called
+    before the first use of a device; CPUs and TPUs always do.
     """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if deterministic and DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((folder / "compile_cache").absolute()))
         # Also what compiles in less than the default second: decoding has many such programs.

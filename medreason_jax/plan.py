@@ -48,7 +48,8 @@ class Stage:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def lower(self):
-        return self.program.step(self.state).lower(self.state, self.frozen, self.batch)
+        with self.traced_for():
+            return self.program.step(self.state).lower(self.state, self.frozen, self.batch)
 
     def lower_held_out(self):
         """The held-out loss, of as many rows as a step holds at a time."""
@@ -58,7 +59,12 @@ class Stage:
             name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
             for name, x in self.batch.items()
         }
-        return held_out.sums.lower(self.state.params, self.frozen, batch)
+        with self.traced_for():
+            return held_out.sums.lower(self.state.params, self.frozen, batch)
+
+    def traced_for(self):
+        """A context in which kernels that ask for the device are told that of the mesh."""
+        return jax.default_device(self.mesh.devices.flat[0])
 
 
 def read_model_sizes(model: Path) -> tuple[str, Sizes]:

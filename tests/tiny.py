@@ -62,7 +62,7 @@ def tiny_compute(sizes, mesh, dtype=jnp.float32, **options) -> Compute:
     """float32 has full-precision products."""
     jax.config.update("jax_default_matmul_precision", "highest")
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
-    kernel = choose_kernel("xla", "cpu", sizes.head_dim, HeadShards(mesh))
+    kernel = choose_kernel("xla", "cpu", sizes.head_dim, jnp.float32, HeadShards(mesh))
     return Compute(dtype, kernel, sharder, **options)
 
 

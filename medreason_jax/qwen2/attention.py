@@ -3,14 +3,16 @@
 B batch, T query time, S key time, N query heads, K key/value heads, H head size, G = N / K query
 heads a key/value head: query head n reads key/value head n // G, as in `transformers`.
 
-Packing contract: a segment is contiguous in its row, its positions count up by one, and segment 0
+Packing contract: a segment is contiguous in its row, its positions count up from 0, and segment 0
 is padding. Inside a segment the order of the row is then the order of the positions, so kernels
-that mask by row order (splash) and by position (the reference) agree. What comes out at padding is
-finite and means nothing.
+that mask by row order (splash), by position (the reference) and by where the segment begins
+(mosaic) agree. What comes out at padding is finite and means nothing.
 """
 
+import importlib.util
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -221,30 +223,115 @@ def triton_kernel(shards: HeadShards | None, interpret: bool = False) -> Kernel:
     return Kernel("triton", in_blocks(partial(triton_attention, interpret=interpret)), shards)
 
 
-KernelName = Literal["xla", "splash", "triton"]
+def mosaic_attention(q_BTNH, k_BSKH, v_BSKH, queries: Places, keys: Places) -> jax.Array:
+    """tokamax's flash attention for Hopper GPUs of whole rows, memory O(B N T), in 16 bits.
+
+    Masked by row order and by the place where a token's segment begins. What the backward needs has
+    the checkpoint name "context".
+    """
+    place_T = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)
+    # A token of padding sees itself alone: that is no work.
+    starts_BT = jnp.where(queries.segments_BT > 0, place_T - queries.positions_BT, place_T)
+    return _mosaic(q_BTNH, k_BSKH, v_BSKH, starts_BT)
+
+
+@jax.custom_vjp
+def _mosaic(q_BTNH, k_BSKH, v_BSKH, starts_BT):
+    return _mosaic_forward(q_BTNH, k_BSKH, v_BSKH, starts_BT)[0]
+
+
+def _mosaic_forward(q_BTNH, k_BSKH, v_BSKH, starts_BT):
+    """tokamax's, but with names on what the backward needs: the context, and of each query the
+    largest logit and the sum of exponentials."""
+    attend, _, mask = _tokamax()
+    inputs = (q_BTNH, k_BSKH, v_BSKH)
+    outputs = attend(*inputs, mask=mask(starts_BT), return_residuals=True)
+    context_BTNH, sums_BNT = jax.tree.map(lambda x: checkpoint_name(x, "context"), outputs)
+    return context_BTNH, (inputs, starts_BT, context_BTNH, sums_BNT)
+
+
+def _mosaic_backward(kept, d_context_BTNH):
+    inputs, starts_BT, context_BTNH, sums_BNT = kept
+    attend, pull, mask = _tokamax()
+    options = dict(attend.bind(*inputs, mask=mask(starts_BT)).kwargs)
+    del options["return_residuals"]  # the rest is what the forward took it to mean
+    d = pull(tuple(sums_BNT), context_BTNH, d_context_BTNH, *inputs, **options)
+    return d["q"], d["k"], d["v"], None
+
+
+_mosaic.defvjp(_mosaic_forward, _mosaic_backward)
+
+
+@cache
+def _tokamax():
+    """Its forward and backward, and the mask of a [B, T] of first keys.
+
+    Its public function takes none but dense masks. Blocks are what it chooses by itself, named, or
+    it warns that it has no measurements of this GPU.
+    """
+    from tokamax._src.ops.attention import (
+        base,  # type: ignore
+        pallas_mosaic_gpu,
+        pallas_mosaic_gpu_vjp,
+    )
+
+    forward = pallas_mosaic_gpu.ConfigSM90(block_q=64, block_kv=128, num_stages=2, persistent=False)
+    backward = pallas_mosaic_gpu_vjp.Config(
+        block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64, num_stages=2, compute_wgs=2
+    )
+    attend = pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(config=forward)
+    pull = pallas_mosaic_gpu_vjp.PallasMosaicGpuFlashAttentionVjp(config=backward)
+    # One head stands for all.
+    return attend, pull, lambda starts_BT: base.Mask(k_start=starts_BT[:, None], is_causal=True)
+
+
+def mosaic_kernel(shards: HeadShards | None) -> Kernel:
+    return Kernel("mosaic", in_blocks(mosaic_attention), shards)
+
+
+KernelName = Literal["xla", "splash", "mosaic", "triton"]
 KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 
-# Ordered: (platform, largest head size or any, kernel, note). `auto` takes the first that fits
-# (and, where the devices are here, passes its self-test).
-RESOLUTION: tuple[tuple[str, int | None, KernelName, str | None], ...] = (
-    ("tpu", 128, "splash", None),  # 8 to 128 compile; 256 overflows a v5e's vector memory
-    ("tpu", None, "xla", "plain attention on TPU: memory O(B N T T)"),
-    ("gpu", 128, "triton", None),
-    ("gpu", None, "xla", "plain attention on GPU: memory O(B N T T)"),
-    ("cpu", None, "xla", None),
+
+@dataclass(frozen=True)
+class Row:
+    """Of the table that `auto` reads in order, taking the first row that fits (and, where the
+    devices are here, passes its self-test)."""
+
+    platform: str
+    kernel: KernelName
+    largest_head: int | None = None  # any
+    bits: int | None = None  # of the type that is computed in; any
+    note: str | None = None
+
+
+RESOLUTION = (
+    Row("tpu", "splash", 128),  # 8 to 128 compile; 256 overflows a v5e's vector memory
+    Row("tpu", "xla", note="plain attention on TPU: memory O(B N T T)"),
+    Row("gpu", "mosaic", 128, bits=16),
+    Row("gpu", "triton", 128),
+    Row("gpu", "xla", note="plain attention on GPU: memory O(B N T T)"),
+    Row("cpu", "xla"),
 )
 
+TOKAMAX = "Hopper GPUs have a faster kernel in tokamax: install medreason[gpu] on Python 3.12"
 
-def kernel_names(platform: str, head_dim: int) -> dict[KernelName, str | None]:
+
+def kernel_names(platform: str, head_dim: int, dtype: Any) -> dict[KernelName, str | None]:
     """The kernels of a platform, the first choice first, with their notes."""
     notes = {
-        name: note
-        for where, most, name, note in RESOLUTION
-        if where == platform and (most is None or head_dim <= most)
+        row.kernel: row.note
+        for row in RESOLUTION
+        if row.platform == platform
+        and (row.largest_head is None or head_dim <= row.largest_head)
+        and (row.bits is None or jnp.dtype(dtype).itemsize == row.bits // 8)
     }
     if not notes:
-        known = sorted({row[0] for row in RESOLUTION})
+        known = sorted({row.platform for row in RESOLUTION})
         raise ValueError(f"no attention kernel for platform {platform!r}; allowed: {known}")
+    if "mosaic" in notes and importlib.util.find_spec("tokamax") is None:
+        del notes["mosaic"]
+        notes["triton"] = TOKAMAX
     return notes
 
 
@@ -252,19 +339,22 @@ def choose_kernel(
     requested: Literal["auto"] | KernelName,
     platform: str,
     head_dim: int,
+    dtype: Any,
     shards: HeadShards | None,
 ) -> Kernel:
     """The kernel for the mesh's platform: of the devices compiled for, not of this machine's."""
-    notes = kernel_names(platform, head_dim)
+    notes = kernel_names(platform, head_dim, dtype)
     name = next(iter(notes)) if requested == "auto" else requested
     if name not in notes:
+        reason = f"; {TOKAMAX}" if name == "mosaic" and TOKAMAX in notes.values() else ""
         raise ValueError(
-            f"attention: {name} does not run on {platform} with heads of {head_dim}; "
-            f"allowed: {['auto', *notes]}"
+            f"attention: {name} does not run on {platform} with heads of {head_dim} in "
+            f"{jnp.dtype(dtype).name}; allowed: {['auto', *notes]}{reason}"
         )
     if name == "xla":
         return Kernel(name, xla_attention, None, notes[name])
-    return {"splash": splash_kernel, "triton": triton_kernel}[name](shards)
+    makers = {"splash": splash_kernel, "mosaic": mosaic_kernel, "triton": triton_kernel}
+    return makers[name](shards).replace(note=notes[name])
 
 
 # Largest error that rounding explains, relative to the largest value of the array.
@@ -382,10 +472,11 @@ def choose_checked_kernel(
     shards: HeadShards | None,
 ) -> Kernel:
     """The one requested where it passes `check_kernel` here; of `auto` the first that does."""
-    names = list(kernel_names(platform, head_dim)) if requested == "auto" else [requested]
+    known = kernel_names(platform, head_dim, dtype)
     failed = ""
+    names = list(known) if requested == "auto" else [requested]
     for name in names:
-        kernel = choose_kernel(name, platform, head_dim, shards)
+        kernel = choose_kernel(name, platform, head_dim, dtype, shards)
         try:
             check_kernel(kernel, heads, kv_heads, head_dim, dtype)
         except RuntimeError as error:

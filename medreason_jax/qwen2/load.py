@@ -161,5 +161,5 @@ def make_compute(
             attention, device.platform, *heads, sizes.head_dim, jnp.dtype(dtype), shards
         )
     else:  # only compiled for
-        kernel = choose_kernel(attention, device.platform, sizes.head_dim, shards)
+        kernel = choose_kernel(attention, device.platform, sizes.head_dim, jnp.dtype(dtype), shards)
     return Compute(jnp.dtype(dtype), kernel, sharder, remat, unroll)

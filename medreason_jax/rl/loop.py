@@ -41,7 +41,7 @@ from medreason_jax.train.step import init_state, make_train_step
 
 def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     """Run (or go on with) PPO; iteration i is a function of (seed, i) and of the state."""
-    start_processes(config.folder)
+    start_processes(config.folder, config.deterministic)
     check_unchanged(config, config.folder / "config.yaml", config.accept_changes)
     finished = read_manifest(config.folder)
     if finished is not None:

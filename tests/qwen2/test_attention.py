@@ -3,6 +3,8 @@
 The splash and triton kernels run in Pallas' interpreter here; test_attention_aot.py compiles them.
 """
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,10 +265,26 @@ def test_the_worst_process_decides(monkeypatch):
     ],
 )
 def test_auto_names_one_kernel(platform, head_dim, name):
-    kernel = choose_kernel("auto", platform, head_dim, None)
+    kernel = choose_kernel("auto", platform, head_dim, jnp.float32, None)
     assert kernel.name == name
     assert (kernel.note is None) == (name != "xla" or platform == "cpu")
-    assert choose_kernel("xla", platform, head_dim, None).name == "xla"
+    assert choose_kernel("xla", platform, head_dim, jnp.float32, None).name == "xla"
+
+
+def test_tokamax_is_taken_in_bfloat16_where_it_is_installed(monkeypatch):
+    choose = lambda name, dtype: choose_kernel(name, "gpu", 128, dtype, None)  # noqa: E731
+    found = importlib.util.find_spec
+    with monkeypatch.context() as here:
+        here.setattr(importlib.util, "find_spec", lambda name: found("jax"))
+        assert choose("auto", jnp.bfloat16).name == "mosaic"
+        assert choose("auto", jnp.float32).name == "triton"
+        with pytest.raises(ValueError, match=r"mosaic does not .* in float32; allowed: .*triton"):
+            choose("mosaic", jnp.float32)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    kernel = choose("auto", jnp.bfloat16)
+    assert kernel.name == "triton" and "install medreason[gpu]" in kernel.note
+    with pytest.raises(ValueError, match="install medreason"):
+        choose("mosaic", jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -275,14 +293,14 @@ def test_auto_names_one_kernel(platform, head_dim, name):
         ("splash", "cpu", 64, r"splash does not run on cpu.*allowed: \['auto', 'xla'\]"),
         ("splash", "gpu", 64, "splash does not run on gpu"),
         ("triton", "tpu", 64, "triton does not run on tpu"),
-        ("triton", "gpu", 256, r"triton does not run on gpu with heads of 256; .*'xla'"),
+        ("triton", "gpu", 256, r"triton does not run on gpu with heads of 256 .*'xla'"),
         ("splash", "tpu", 256, "splash does not run on tpu with heads of 256"),
         ("auto", "npu", 64, r"no attention kernel for platform 'npu'; allowed: \['cpu', 'gpu'"),
     ],
 )
 def test_a_kernel_that_a_platform_has_not_is_refused(requested, platform, head_dim, match):
     with pytest.raises(ValueError, match=match):
-        choose_kernel(requested, platform, head_dim, None)
+        choose_kernel(requested, platform, head_dim, jnp.float32, None)
 
 
 def test_auto_takes_the_plain_kernel_where_the_first_choice_fails(monkeypatch):

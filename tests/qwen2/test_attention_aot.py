@@ -23,7 +23,9 @@ from medreason_jax.qwen2.attention import Places, choose_kernel
 topology, heads, kv_heads, head_dim, B, T = sys.argv[1], *map(int, sys.argv[2:])
 target = topologies.get_topology_desc(platform="tpu", topology_name=topology)
 mesh = topologies.make_mesh(target, (1, 2, 2), AXES)
-kernel = choose_kernel("auto", target.devices[0].platform, head_dim, HeadShards(mesh))
+kernel = choose_kernel(
+    "auto", target.devices[0].platform, head_dim, jnp.bfloat16, HeadShards(mesh)
+)
 
 def loss(q, k, v, places):
     return jnp.sum(kernel(q, k, v, places, places).astype(jnp.float32) ** 2)
