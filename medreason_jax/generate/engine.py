@@ -14,7 +14,8 @@ B slots, R prefill rows, P prompt size, S cache slots, C steps of a round, M sto
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -152,11 +153,11 @@ class Session:
 
         The device decodes while the caller looks at it.
         """
-        told = self._collect()
+        drawn = self._collect()
         self._compact()
         self._refill()
         self._start()
-        return told
+        return [each.progress() for each in drawn]
 
     # --- a round's parts ------------------------------------------------------------------------
 
@@ -176,7 +177,8 @@ class Session:
         )
         self.pending = list(self.held), out
 
-    def _collect(self) -> list[Progress]:
+    def _collect(self) -> list["Drawn"]:
+        """Wait for the round before, and free the slots of what it ended."""
         if self.pending is None:
             return []
         held, out = self.pending
@@ -184,28 +186,29 @@ class Session:
         out = gather_to_host(out)
         steps = int(out["steps"])
         self.slot_steps += steps * len(held)
-        told = []
+        tokens_CB = out["tokens_CB"][:steps]
+        count_B = (tokens_CB >= 0).sum(axis=0)
+        last_B = tokens_CB[np.maximum(count_B - 1, 0), np.arange(len(held))]
+        drawn = []
         for slot, each in enumerate(held):
             if each is None:
                 continue
             number, request = each
-            ids = [int(i) for i in out["tokens_CB"][:steps, slot] if i >= 0]
-            self.lengths[slot] += len(ids)
-            self.left[slot] -= len(ids)
-            stopped = bool(ids) and ids[-1] in (self.engine.end_id, *request.stop_ids)
+            count = int(count_B[slot])
+            self.lengths[slot] += count
+            self.left[slot] -= count
+            stopped = count > 0 and last_B[slot] in (self.engine.end_id, *request.stop_ids)
             ended = stopped or self.left[slot] == 0
             if number in self.cancelled:
                 self.cancelled.discard(number)
                 self._free(slot)
                 continue
-            self.kept_steps += len(ids)
-            logprobs = [float(x) for x in out["logp_CB"][: len(ids), slot]]
+            self.kept_steps += count
             reason = ("stop" if stopped else "length") if ended else None
-            top = _alternatives(out, slot, len(ids), request.top_logprobs)
-            told.append(Progress(number, ids, logprobs, top, reason))
+            drawn.append(Drawn(number, request, out, slot, count, reason))
             if ended:
                 self._free(slot)
-        return told
+        return drawn
 
     def _free(self, slot: int) -> None:
         self.held[slot] = None
@@ -314,6 +317,24 @@ class Fill:
             lengths_R[row] = len(prompt)
         batch |= {"tokens_RP": tokens_RP, "lengths_R": lengths_R}
         return self.engine.programs.admit(self.session.params, state, batch)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a round gave a request, still in the round's arrays: to be told while the next runs."""
+
+    number: int
+    request: Request
+    out: dict[str, np.ndarray]
+    slot: int
+    count: int  # tokens
+    reason: Literal["stop", "length"] | None
+
+    def progress(self) -> Progress:
+        ids = self.out["tokens_CB"][: self.count, self.slot].tolist()
+        logprobs = self.out["logp_CB"][: self.count, self.slot].tolist()
+        top = _alternatives(self.out, self.slot, self.count, self.request.top_logprobs)
+        return Progress(self.number, ids, logprobs, top, self.reason)
 
 
 def _alternatives(out, slot: int, count: int, top: int) -> list[list[tuple[int, float]]]:

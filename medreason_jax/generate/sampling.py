@@ -44,21 +44,30 @@ def next_token(logits_BV: jax.Array, draws: Draws):
     and top-p leave. A draw is the largest of logit + Gumbel noise.
     """
     temperature_B1 = draws.temperature_B[:, None]
-    z_BV = logits_BV.astype(jnp.float32) / jnp.where(temperature_B1 > 0, temperature_B1, 1.0)
+    scaled = lambda z_BV: z_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1.0)  # noqa: E731
+
+    def likely(logits_BV):
+        kept_BV = keep_likely(scaled(logits_BV), draws.top_k_B, draws.top_p_B)
+        return draw(kept_BV, draws)
+
+    def any_token(logits_BV):
+        return draw(scaled(logits_BV), draws)
+
+    # What no row asks for is not done. The branches give tokens, no logits: those would be copied.
     limited = jnp.any((draws.top_k_B > 0) | (draws.top_p_B < 1.0))
-    kept_BV = jax.lax.cond(
-        limited, lambda z: keep_likely(z, draws.top_k_B, draws.top_p_B), lambda z: z, z_BV
-    )
-
-    def noisy(kept_BV):
-        noise_BV = jax.vmap(lambda key: gumbel_noise(key, kept_BV.shape[1]))(draws.keys_B())
-        return kept_BV + jnp.where(temperature_B1 > 0, noise_BV, 0.0)
-
-    scores_BV = jax.lax.cond(jnp.any(temperature_B1 > 0), noisy, lambda kept: kept, kept_BV)
-    token_B = first_largest(scores_BV)
+    kind = jnp.where(limited, 2, jnp.any(temperature_B1 > 0).astype(jnp.int32))
+    logits_BV = logits_BV.astype(jnp.float32)
+    token_B = jax.lax.switch(kind, (first_largest, any_token, likely), logits_BV)
+    z_BV = scaled(logits_BV)
     logp_BV = z_BV - jax.nn.logsumexp(z_BV, axis=-1, keepdims=True)
     chosen_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B, chosen_B, logp_BV
+
+
+def draw(z_BV: jax.Array, draws: Draws) -> jax.Array:
+    """The token with the largest z + Gumbel noise, in rows of temperature 0 with the largest z."""
+    noise_BV = jax.vmap(lambda key: gumbel_noise(key, z_BV.shape[1]))(draws.keys_B())
+    return first_largest(z_BV + jnp.where(draws.temperature_B[:, None] > 0, noise_BV, 0.0))
 
 
 def gumbel_noise(key: jax.Array, count: int) -> jax.Array:
