@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from medreason_jax.generate.requests import MOST_STOPS, MOST_TOP
 from medreason_jax.generate.sampling import Draws, next_token
-from medreason_jax.mesh import HeadShards, Sharder, put_batch, replicated
+from medreason_jax.mesh import HeadShards, Sharder, put_batch, replicated, tensor_parts
 from medreason_jax.qwen2.decode_attention import choose_decode_kernel
-from medreason_jax.qwen2.model import Cache, Network, Params, unstack
+from medreason_jax.qwen2.model import Cache, Network, Params, join, unstack
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +68,18 @@ class Programs:
     def load(self, params: Params) -> Params:
         """The parameters in the type and layout of decoding, on the device."""
         dtype = self.network.compute.dtype
+        # A tensor axis splits each kernel by heads; an adapter has parts of its own.
+        joined = tensor_parts(self.mesh) == 1 and self.network.lora is None
 
         def cast(params: Params) -> Params:
             params = jax.tree.map(lambda x: x.astype(dtype), params)
-            return unstack(params) if self.network.unrolls else params
+            return unstack(params, joined) if self.network.unrolls else params
 
         def make():
             places = self.sharder.decode_tree(params)
             if self.network.unrolls:
                 one = self.sharder.unstacked(places["layers"])
+                one = join(one, lambda first, *rest: first) if joined else one
                 places = {**places, "layers": (one,) * self.network.sizes.num_hidden_layers}
             return jax.jit(cast, out_shardings=places)
 

@@ -77,7 +77,6 @@ class PromptScorer:
 
 def _scores(scorer: Scorer, params: Params, batch, top: int):
     """logp [B, T] of the targets; ids and log-probs [B, T, k] of the likeliest tokens."""
-    params = stacked(params)
     h_BTD = scorer.hidden(params, batch)
     scores = scorer.scores(params, batch, h_BTD)
     out = {"logp": scores.logp}
@@ -93,13 +92,6 @@ def _scores(scorer: Scorer, params: Params, batch, top: int):
     z_CBtk, ids_CBtk = jax.lax.map(likeliest, h_CBtD)
     z_BTk, ids_BTk = (jnp.moveaxis(x, 0, 1).reshape(B, T, k) for x in (z_CBtk, ids_CBtk))
     return out | {"top": z_BTk - scores.log_norm[..., None], "ids": ids_BTk}
-
-
-def stacked(params: Params) -> Params:
-    """The trainer's form of parameters that decoding may have as a tuple of layers."""
-    if not isinstance(params["layers"], tuple):
-        return params
-    return {**params, "layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
 
 
 def _prompt_scores(out, row: int, text: PromptText) -> PromptScores:

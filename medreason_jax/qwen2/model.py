@@ -112,14 +112,20 @@ class Embedding(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs):
+    """Queries, keys and values have kernels of their own, or (decoding) a joined one."""
+
+    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs, joined: bool = False):
         D, H, scale = sizes.hidden_size, sizes.head_dim, sizes.initializer_range
         N, K = sizes.num_attention_heads, sizes.num_key_value_heads
-        self.q_proj = Linear(D, N * H, scale, True, rngs, _target(lora, "q_proj"))
-        self.k_proj = Linear(D, K * H, scale, True, rngs, _target(lora, "k_proj"))
-        self.v_proj = Linear(D, K * H, scale, True, rngs, _target(lora, "v_proj"))
+        self.joined = joined
+        if joined:
+            self.qkv_proj = Linear(D, (N + 2 * K) * H, scale, True, rngs)
+        else:
+            self.q_proj = Linear(D, N * H, scale, True, rngs, _target(lora, "q_proj"))
+            self.k_proj = Linear(D, K * H, scale, True, rngs, _target(lora, "k_proj"))
+            self.v_proj = Linear(D, K * H, scale, True, rngs, _target(lora, "v_proj"))
         self.o_proj = Linear(N * H, D, scale, False, rngs, _target(lora, "o_proj"))
-        self.head_dim = H
+        self.head_dim, self.splits = H, (N * H, (N + K) * H)
 
     def project(self, x_BTD, rotation_BTH, constrain: Constrain):
         """Rotated queries and keys, and values, split into heads."""
@@ -128,21 +134,33 @@ class SelfAttention(nnx.Module):
             y = y.reshape(*y.shape[:2], -1, self.head_dim)
             return constrain(y, ("batch", "time", name, None))
 
-        q_BTNH = rotate(heads(self.q_proj(x_BTD), "heads"), rotation_BTH)
-        k_BTKH = rotate(heads(self.k_proj(x_BTD), "kv_heads"), rotation_BTH)
-        v_BTKH = heads(self.v_proj(x_BTD), "kv_heads")
+        if self.joined:
+            q, k, v = jnp.split(self.qkv_proj(x_BTD), self.splits, axis=-1)
+        else:
+            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q_BTNH = rotate(heads(q, "heads"), rotation_BTH)
+        k_BTKH = rotate(heads(k, "kv_heads"), rotation_BTH)
+        v_BTKH = heads(v, "kv_heads")
         return tuple(checkpoint_name(y, "qkv") for y in (q_BTNH, k_BTKH, v_BTKH))
 
 
 class MLP(nnx.Module):
-    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs, joined: bool = False):
         D, F, scale = sizes.hidden_size, sizes.intermediate_size, sizes.initializer_range
-        self.gate_proj = Linear(D, F, scale, False, rngs, _target(lora, "gate_proj"))
-        self.up_proj = Linear(D, F, scale, False, rngs, _target(lora, "up_proj"))
+        self.joined = joined
+        if joined:
+            self.gate_up_proj = Linear(D, 2 * F, scale, False, rngs)
+        else:
+            self.gate_proj = Linear(D, F, scale, False, rngs, _target(lora, "gate_proj"))
+            self.up_proj = Linear(D, F, scale, False, rngs, _target(lora, "up_proj"))
         self.down_proj = Linear(F, D, scale, False, rngs, _target(lora, "down_proj"))
 
     def __call__(self, x, constrain: Constrain):
-        gate, up = (checkpoint_name(y, "gate_up") for y in (self.gate_proj(x), self.up_proj(x)))
+        if self.joined:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = (checkpoint_name(y, "gate_up") for y in (gate, up))
         inner = jax.nn.silu(gate) * up
         return self.down_proj(constrain(inner, ("batch", "time", "mlp")))
 
@@ -152,11 +170,11 @@ def _target(lora: Lora | None, projection: str) -> Target | None:
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, lora: Lora | None, rngs: nnx.Rngs, joined: bool = False):
         self.input_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.self_attn = SelfAttention(sizes, lora, rngs)
+        self.self_attn = SelfAttention(sizes, lora, rngs, joined)
         self.post_attention_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.mlp = MLP(sizes, lora, rngs)
+        self.mlp = MLP(sizes, lora, rngs, joined)
 
     def __call__(self, x_BTD, rotation_BTH, attend: Callable, constrain: Constrain):
         """`attend(q_BTNH, k_BTKH, v_BTKH) -> context_BTNH, kept`; `kept` is handed back."""
@@ -188,17 +206,22 @@ class Qwen2(nnx.Module):
             self.lm_head = Linear(sizes.hidden_size, sizes.vocab_size, scale, False, rngs)
         self.sizes = sizes
 
-    def hidden(self, tokens_BT, positions_BT, segments_BT, compute: Compute):
-        """hidden_BTD after the last norm, of whole rows."""
-        definition, stacked = nnx.split(self.layers)
+    def hidden(self, tokens_BT, positions_BT, segments_BT, compute: Compute, layers=None):
+        """hidden_BTD after the last norm, of whole rows; `layers` are as in `decode`."""
         places = Places(segments_BT, positions_BT)
         x_BTD = self._embed(tokens_BT, compute)
-        return self.norm(run_layers(definition, stacked, x_BTD, places, self.sizes, compute))
+        if layers is None:
+            definition, stacked = nnx.split(self.layers)
+            return self.norm(run_layers(definition, stacked, x_BTD, places, self.sizes, compute))
+        attend, rotation_BTH = attend_rows(places, compute), rotation(self.sizes, positions_BT)
+        for layer in layers:
+            x_BTD, _ = layer(x_BTD, rotation_BTH, attend, compute.constrain)
+        return self.norm(x_BTD)
 
     def prefill(self, tokens_BT, lengths_B, compute: Compute, layers=None):
         """hidden_BTD of rows that hold their tokens first, and the keys and values of each.
 
-        `layers` are as in `decode`, and the cache as theirs.
+        `layers` are as in `decode`, and the cache is as theirs.
         """
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -219,7 +242,7 @@ class Qwen2(nnx.Module):
             return self.norm(x_BTD), kept
         kept = []
         for layer in layers:
-            x_BTD, own = body(x_BTD, layer)
+            x_BTD, own = layer(x_BTD, rotation_BTH, attend, compute.constrain)
             kept.append(own)
         return self.norm(x_BTD), Cache(tuple(c.k for c in kept), tuple(c.v for c in kept))
 
@@ -234,13 +257,12 @@ class Qwen2(nnx.Module):
     ):
         """hidden_BD of one more token a row, written at slot lengths_B, and the cache with it.
 
-        `layers` are the parameters of each layer, which are then unrolled; without them the
-        stacked ones are scanned.
+        `layers` are modules, one after the other; without them the stacked ones are scanned.
         """
         definition, stacked = nnx.split(self.layers)
         rotation_B1H = rotation(self.sizes, lengths_B[:, None])
 
-        def one_layer(x_B1D, layer, cache: Cache, index=None):
+        def one_layer(layer: DecoderLayer, x_B1D, cache: Cache, index=None):
             def attend(q_B1NH, k_B1KH, v_B1KH):
                 written = Cache(
                     write_slot(cache.k, k_B1KH[:, 0], lengths_B, index),
@@ -250,13 +272,12 @@ class Qwen2(nnx.Module):
                 context_BNH = kernel(q_B1NH[:, 0], k_BKSH, v_BKSH, lengths_B)
                 return context_BNH[:, None], written
 
-            module = nnx.merge(definition, layer)
-            return module(x_B1D, rotation_B1H, attend, compute.constrain)
+            return layer(x_B1D, rotation_B1H, attend, compute.constrain)
 
         # The cache is a carry, updated in place: as a scanned input it would be copied every step.
         def body(carry, layer_and_index):
-            x_B1D, cache = carry
-            return one_layer(x_B1D, layer_and_index[0], cache, layer_and_index[1]), None
+            layer, index = layer_and_index
+            return one_layer(nnx.merge(definition, layer), *carry, index), None
 
         x_B1D = self._embed(tokens_B[:, None], compute)
         if layers is None:
@@ -268,7 +289,7 @@ class Qwen2(nnx.Module):
             return self.norm(x_B1D)[:, 0], cache
         written = []
         for layer, *own in zip(layers, cache.k, cache.v, strict=True):
-            x_B1D, new = one_layer(x_B1D, layer, Cache(*own))
+            x_B1D, new = one_layer(layer, x_B1D, Cache(*own))
             written.append(new)
         cache = Cache(tuple(c.k for c in written), tuple(c.v for c in written))
         return self.norm(x_B1D)[:, 0], cache
@@ -278,12 +299,14 @@ class Qwen2(nnx.Module):
         return compute.constrain(x_BTD, ("batch", "time", "model"))
 
 
+def attend_rows(places: Places, compute: Compute) -> Callable:
+    """What a layer calls (`DecoderLayer`), of whole rows."""
+    return lambda q, k, v: (compute.attention(q, k, v, places, places), None)
+
+
 def run_layers(definition, stacked, x_BTD, places: Places, sizes: Sizes, compute: Compute):
     """x_BTD through stacked decoder layers (however many) of one `definition`, whole rows."""
-    rotation_BTH = rotation(sizes, places.positions_BT)
-
-    def attend(q, k, v):
-        return compute.attention(q, k, v, places, places), None
+    attend, rotation_BTH = attend_rows(places, compute), rotation(sizes, places.positions_BT)
 
     def body(x_BTD, layer):
         x_BTD, _ = nnx.merge(definition, layer)(x_BTD, rotation_BTH, attend, compute.constrain)
@@ -295,9 +318,9 @@ def run_layers(definition, stacked, x_BTD, places: Places, sizes: Sizes, compute
     return jax.lax.scan(body, x_BTD, stacked, unroll=compute.unroll)[0]
 
 
-def layer_definition(sizes: Sizes):
-    """The definition of one decoder layer, for `run_layers`."""
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(sizes, None, nnx.Rngs(0))))[0]
+def layer_definition(sizes: Sizes, lora: Lora | None = None, joined: bool = False):
+    """The definition of one decoder layer."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(sizes, lora, nnx.Rngs(0), joined)))[0]
 
 
 def rotation(sizes: Sizes, positions_BT):
@@ -322,10 +345,11 @@ class Network:
     definition: Any = struct.field(pytree_node=False)
     sizes: Sizes = struct.field(pytree_node=False)
     compute: Compute = struct.field(pytree_node=False)
+    lora: Lora | None = struct.field(pytree_node=False, default=None)
 
     def hidden(self, params: Params, tokens_BT, positions_BT, segments_BT) -> jax.Array:
-        model = nnx.merge(self.definition, params)
-        return model.hidden(tokens_BT, positions_BT, segments_BT, self.compute)
+        model, layers = self._merge(params)
+        return model.hidden(tokens_BT, positions_BT, segments_BT, self.compute, layers)
 
     def prefill(self, params: Params, tokens_BT, lengths_B):
         model, layers = self._merge(params)
@@ -336,11 +360,14 @@ class Network:
         return model.decode(tokens_B, lengths_B, cache, kernel, self.compute, layers)
 
     def _merge(self, params: Params):
-        """The model; of unstacked parameters one layer stands for all, which come beside it."""
-        if isinstance(params["layers"], tuple):
-            one = {**params, "layers": params["layers"][0]}
-            return nnx.merge(self.definition, one), params["layers"]
-        return nnx.merge(self.definition, params), None
+        """The model, and beside it, of unstacked parameters, its layers as modules."""
+        layers = params["layers"]
+        if not isinstance(layers, tuple):
+            return nnx.merge(self.definition, params), None
+        shapes = abstract_params(self.sizes, self.lora)["layers"]  # stand for all in the model
+        model = nnx.merge(self.definition, {**params, "layers": shapes})
+        definition = layer_definition(self.sizes, self.lora, is_joined(layers[0]))
+        return model, [nnx.merge(definition, layer) for layer in layers]
 
     @property
     def unrolls(self) -> bool:
@@ -379,11 +406,31 @@ class Network:
 UNROLLED = 36  # layers
 
 
-def unstack(params: Params) -> Params:
-    """The parameters with a tuple of layers."""
-    layers = len(jax.tree.leaves(params["layers"])[0])
-    own = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(layers))
-    return {**params, "layers": own}
+# Of one input, and so one product: block -> (joined kernel, its parts in order).
+JOINED = {
+    "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
+}
+
+
+def unstack(params: Params, joined: bool) -> Params:
+    """The parameters with a tuple of layers, their kernels joined or as they are."""
+    count = len(jax.tree.leaves(params["layers"])[0])
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]
+    return {**params, "layers": tuple(map(join, layers) if joined else layers)}
+
+
+def join(layer: Params, put: Callable = lambda *parts: jnp.concatenate(parts, axis=-1)) -> Params:
+    """A layer's tree with joined kernels and biases; `put` joins its leaves."""
+    joined = dict(layer)
+    for block, (name, parts) in JOINED.items():
+        others = {key: value for key, value in layer[block].items() if key not in parts}
+        joined[block] = others | {name: jax.tree.map(put, *(layer[block][key] for key in parts))}
+    return joined
+
+
+def is_joined(layer: Params) -> bool:
+    return JOINED["self_attn"][0] in layer["self_attn"]
 
 
 def make_network(
@@ -395,7 +442,7 @@ def make_network(
     """
     model = nnx.eval_shape(lambda: Qwen2(sizes, lora, score, nnx.Rngs(0)))
     definition, state = nnx.split(model)
-    return Network(definition, sizes, compute), nnx.to_pure_dict(state)
+    return Network(definition, sizes, compute, lora), nnx.to_pure_dict(state)
 
 
 def abstract_params(

@@ -10,7 +10,7 @@ import pytest
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
 from medreason_jax.qwen2.decode_attention import XLA_DECODE
-from medreason_jax.qwen2.model import KEPT, unstack
+from medreason_jax.qwen2.model import KEPT, is_joined, unstack
 from tests.tiny import tiny_model
 
 LENGTHS = (7, 12, 3, 18)
@@ -77,12 +77,13 @@ def test_padding_changes_nothing(side):
         assert_close(np.asarray(out)[before : before + len(ids)], alone(network, params, ids))
 
 
-@pytest.mark.parametrize("layers", [3, 37])
-def test_prefill_and_decode_with_a_cache_equal_whole_rows(layers):
+@pytest.mark.parametrize(("layers", "joined"), [(3, False), (3, True), (37, False)])
+def test_prefill_and_decode_with_a_cache_equal_whole_rows(layers, joined):
     """Two rows whose prompts end at different places, token by token; 37 layers are scanned."""
     _, network, params, _ = tiny_model(num_hidden_layers=layers)
     whole = params
-    params = unstack(params) if network.unrolls else params
+    params = unstack(params, joined) if network.unrolls else params
+    assert not joined or is_joined(params["layers"][0])
     assert network.unrolls == (layers == 3)
     rows, splits = (documents()[3], documents()[1]), (11, 4)
     width, room = max(splits) + 2, max(map(len, rows)) + 3
