@@ -34,6 +34,7 @@ class Task:
     deterministic: bool = False
     chunk: int = 2048  # tokens of the vocabulary projection
     mu: str = "float32"  # of AdamW's first moment
+    nu: str = "float32"  # and of its second
     lora: int | None = None  # its rank, on every projection
     documents: int = 1  # of equal length in a row
     pairs: int = 0  # of a row: RPO in place of SFT
@@ -154,10 +155,11 @@ def config_of(task: Task):
             "learning_rate": task.rate,
             "schedule": "constant",
             "warmup_ratio": 0.0,
-            "b2": 0.999,
+            "b2": 0.999 if task.nu == "float32" else 0.95,
             "weight_decay": 0.0,
             "clip_norm": 1e9,
             "mu_dtype": task.mu,
+            "nu_dtype": task.nu,
         },
     )
 

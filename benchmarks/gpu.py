@@ -100,7 +100,7 @@ def one_line(text: str) -> str:
 def run_all(names: list[str], out: Path, tiny: bool, only: str, limit: float) -> None:
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "0",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.97",
         "JAX_COMPILATION_CACHE_DIR": str(out / "compile_cache"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }

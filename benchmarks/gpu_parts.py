@@ -59,7 +59,7 @@ def scale(tiny: bool, ceilings: list[Record]) -> Scale:
         return Scale(
             models,
             length=128,
-            tokens=(512, 384, 256),
+            tokens=(512, 384, 256, 128),
             head=(128, 64, 512),
             batches=(1, 4),
             prompt=16,
@@ -72,7 +72,7 @@ def scale(tiny: bool, ceilings: list[Record]) -> Scale:
     full = Scale(
         models,
         length=4096,
-        tokens=(32768, 16384, 8192),
+        tokens=(32768, 16384, 12288, 8192),
         head=(8192, 4096, 131072),
         batches=(256, 64, 1, 512),
         prompt=512,
@@ -352,7 +352,9 @@ VARIANTS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "7B": [
         ("products", 2, {"mu": "bfloat16"}),
         ("products", 2, {"mu": "bfloat16", "documents": 8}),
-        ("products", 2, {"mu": "bfloat16", "attention": "triton"}),
+        ("products", 1, {"mu": "bfloat16", "nu": "bfloat16"}),
+        ("products", 3, {"mu": "bfloat16"}),
+        ("products", 3, {"mu": "bfloat16", "attention": "triton"}),
         ("context+qkv", 1, {"mu": "bfloat16"}),
     ],
     "1.5B": [

@@ -20,12 +20,12 @@ def peers_train(s: Scale) -> Figures:
         "defaults": {},
     }
     for size in ("1.5B", "7B", "0.5B"):
-        tokens = s.tokens[2]
+        tokens = s.tokens[-1]
         one = task(s, size, tokens, remat="full" if size == "7B" else "none")
         for name, options in ways.items():
             figure = f"transformers, {name}: train {size}; {tokens} tokens a step"
             yield figure, partial(peer_step, partial(torch, **options), one)
-    lora = task(s, "7B", s.tokens[2], remat="full", lora=16)
+    lora = task(s, "7B", s.tokens[-1], remat="full", lora=16)
     yield (
         "transformers, cuDNN, Liger: train 7B lora",
         partial(peer_step, partial(torch, **best), lora),
@@ -34,7 +34,7 @@ def peers_train(s: Scale) -> Figures:
         yield f"tunix: train {size}", partial(tunix_rate, s, size, "step")
     yield "TRL: train 0.5B", partial(trl_step, s, "0.5B")
     compiled = partial(torch, cudnn=True, compiled=True)
-    one = task(s, "1.5B", s.tokens[2])
+    one = task(s, "1.5B", s.tokens[-1])
     yield "transformers, cuDNN, compiled: train 1.5B", partial(peer_step, compiled, one)
 
 
@@ -57,7 +57,7 @@ def tunix_rate(s: Scale, size: str, what: str) -> Record:
     """It reads its weights from a folder."""
     import tunix as installed  # noqa: F401  before gigabytes are written
 
-    one = task(s, size, s.tokens[2])
+    one = task(s, size, s.tokens[-1])
     with tempfile.TemporaryDirectory() as folder:
         write_model(one, Path(folder))
         contestant = lambda task, _: tunix(task, Path(folder))  # noqa: E731
