@@ -29,7 +29,7 @@ class Task:
     dtype: str = "float32"
     device: str = "cpu"
     remat: str = "none"
-    unroll: int = 1
+    unroll: int | str = "auto"
     attention: str = "auto"
     deterministic: bool = False
     chunk: int = 2048  # tokens of the vocabulary projection

@@ -155,7 +155,7 @@ class RunConfig(Strict):
     attention: Literal["auto", "xla", "splash", "mosaic", "triton"] = "auto"
     deterministic: bool = False  # on GPUs: the same bits in every run, slower
     remat: Literal["none", "products", "context+qkv", "context", "full"] = "products"
-    unroll: Positive = 1
+    unroll: Positive | Literal["auto"] = "auto"  # layers that an iteration of the scan holds
     head_chunk: Positive = 2048
     length: Positive
     accumulation: Positive = 1

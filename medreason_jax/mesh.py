@@ -88,6 +88,19 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
+# Of a platform's programs that train. XLA's own rematerialization begins at a share of a GPU's
+# memory and then makes whole products again, to save next to nothing: what is kept for the
+# backward pass is `remat`'s to say.
+TRAINING_OPTIONS = {"gpu": {"xla_gpu_memory_limit_slop_factor": 1000}}
+
+
+def training_options(mesh: Mesh) -> dict[str, int]:
+    """Compiler options of this platform's training programs, but for what XLA_FLAGS names."""
+    flags, platform = os.environ.get("XLA_FLAGS", ""), mesh.devices.flat[0].platform
+    options = TRAINING_OPTIONS.get(platform, {})
+    return {name: value for name, value in options.items() if name not in flags}
+
+
 def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

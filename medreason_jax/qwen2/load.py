@@ -19,6 +19,7 @@ from medreason_jax.qwen2.folder import ADAPTER, PARAMS, Description, ModelFolder
 from medreason_jax.qwen2.huggingface import import_params
 from medreason_jax.qwen2.lora import Lora, merge_adapter, split_adapter, with_adapter
 from medreason_jax.qwen2.model import (
+    UNROLLED,
     Compute,
     Network,
     Params,
@@ -31,6 +32,7 @@ from medreason_jax.qwen2.tensor_files import TensorFiles
 from medreason_jax.train.objectives import Scorer
 
 Attention = Literal["auto"] | KernelName
+Unroll = Literal["auto"] | int
 
 
 @struct.dataclass
@@ -81,7 +83,7 @@ def load_model(
     dtype: str,
     *,
     remat: Remat = "none",
-    unroll: int = 1,
+    unroll: Unroll = "auto",
     attention: Attention = "auto",
 ) -> Loaded:
     """Open a model or stage folder on the mesh that the config asks for; float32 masters."""
@@ -100,7 +102,7 @@ def open_model(
     *,
     lora: Lora | None = None,
     remat: Remat = "none",
-    unroll: int = 1,
+    unroll: Unroll = "auto",
     attention: Attention = "auto",
 ) -> Loaded:
     """The model's program on the mesh, with `lora` or without, and no parameters yet."""
@@ -140,7 +142,7 @@ def make_compute(
     dtype: str,
     *,
     remat: Remat = "none",
-    unroll: int = 1,
+    unroll: Unroll = "auto",
     attention: Attention = "auto",
 ) -> Compute:
     """How the model runs on the mesh, its attention kernel named and confirmed by a self-test.
@@ -149,11 +151,8 @@ def make_compute(
     """
     precision = "highest" if dtype == "float32" else None
     jax.config.update("jax_default_matmul_precision", precision)
-    if sizes.num_hidden_layers % unroll:
-        raise ValueError(
-            f"unroll={unroll} does not divide the model's {sizes.num_hidden_layers} layers"
-        )
     device = sharder.mesh.devices.flat[0]
+    layers = layers_at_once(unroll, sizes.num_hidden_layers, device.platform)
     shards = HeadShards(sharder.mesh)
     if device in jax.devices():
         heads = sizes.num_attention_heads, sizes.num_key_value_heads
@@ -162,4 +161,14 @@ def make_compute(
         )
     else:  # only compiled for
         kernel = choose_kernel(attention, device.platform, sizes.head_dim, jnp.dtype(dtype), shards)
-    return Compute(jnp.dtype(dtype), kernel, sharder, remat, unroll)
+    return Compute(jnp.dtype(dtype), kernel, sharder, remat, layers)
+
+
+def layers_at_once(unroll: Unroll, layers: int, platform: str) -> int:
+    """Of the scan over layers. `auto` is all of them on a GPU, where a loop copies what each keeps
+    in and out of stacked arrays, up to as many as compile in a minute."""
+    if unroll == "auto":
+        return layers if platform == "gpu" and layers <= UNROLLED else 1
+    if layers % unroll:
+        raise ValueError(f"unroll={unroll} does not divide the model's {layers} layers")
+    return unroll

@@ -312,9 +312,13 @@ def run_layers(definition, stacked, x_BTD, places: Places, sizes: Sizes, compute
         x_BTD, _ = nnx.merge(definition, layer)(x_BTD, rotation_BTH, attend, compute.constrain)
         return x_BTD, None
 
+    loops = compute.unroll < len(jax.tree.leaves(stacked)[0])
     if compute.remat != "none":
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT[compute.remat])
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        # Without a loop the compiler would find what is computed again in the forward pass.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not loops)
+    if not loops:  # both passes read one cast of the weights; a loop would stack it
+        stacked = jax.tree.map(lambda w: w.astype(compute.dtype), stacked)
     return jax.lax.scan(body, x_BTD, stacked, unroll=compute.unroll)[0]
 
 
@@ -373,8 +377,7 @@ class Network:
     def unrolls(self) -> bool:
         """Whether decoding goes through the layers one by one, each with arrays of its own.
 
-        A stacked array's layers are copied out of it at every step; more layers would be too long
-        to compile.
+        A stacked array's layers are copied out of it at every step.
         """
         return self.sizes.num_hidden_layers <= UNROLLED
 
@@ -403,7 +406,7 @@ class Network:
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-UNROLLED = 36  # layers
+UNROLLED = 36  # layers: of more a program without a loop over them is too long to compile
 
 
 # Of one input, and so one product: block -> (joined kernel, its parts in order).

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from medreason_jax.mesh import Sharder, batch_sharding, replicated
+from medreason_jax.mesh import Sharder, batch_sharding, replicated, training_options
 from medreason_jax.train.objectives import Objective
 
 
@@ -91,4 +91,5 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, None, batch_sharding(sharder.mesh)),
         out_shardings=(shardings, replicated(sharder.mesh)),
+        compiler_options=training_options(sharder.mesh),
     )
