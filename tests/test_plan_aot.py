@@ -72,6 +72,43 @@ def test_memory_that_does_not_suffice_is_an_answer():
     assert plan["needs"] > plan["has"]
 
 
+# A step that needs most of a GPU's memory, from where on XLA would make products again.
+STEP = """
+import sys
+from pathlib import Path
+from medreason_jax.targets import open_devices, parse_target, set_environment
+target = parse_target("h200:1")
+set_environment(target)
+from medreason_jax.config import TrainConfig, load_yaml, validate
+from medreason_jax.plan import make_stage, read_model_sizes
+
+changes = ["mesh.fsdp=1", "mesh.tensor=1", "batch_rows=2", "accumulation=1", "length=4096"]
+changes += ["remat=products", "optimizer.nu_dtype=float32"]
+path = Path(sys.argv[1])
+config = validate(TrainConfig, load_yaml(path, changes), str(path))
+stage = make_stage(config, read_model_sizes(Path("qwen2.5-7b"))[1], open_devices(target))
+text = stage.lower().compile().as_text()
+print("FOUND", text.count("bf16[2,4096,3584]"), text.count(".remat"))
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(900)
+def test_the_gpu_compiler_makes_no_product_again():
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("jax[cuda13] is not installed; extra plan-gpu brings the compiler")
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, f"configs/stages/{SFT_7B}.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    states, again = map(int, line.split()[1:])
+    assert states > 0 and again == 0
+
+
 # The head alone, with its gradient: a whole step has the layers' collectives in its loops.
 HEAD = """
 import sys

@@ -146,13 +146,22 @@ def assert_same_results(first, second):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), first[1], second[1])
 
 
-@pytest.mark.parametrize("remat", KEPT)
-def test_rematerialisation_changes_nothing(remat):
-    assert_same_results(results({"remat": remat}, **HEADS), plain_results())
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("remat", ["none", *KEPT])
+def test_rematerialisation_and_unrolled_layers_change_nothing(remat, unroll):
+    assert_same_results(results({"remat": remat, "unroll": unroll}, **HEADS), plain_results())
 
 
-def test_unrolled_layers_equal_scanned_ones():
-    assert_same_results(results({"unroll": 3}, **HEADS), plain_results())
+def test_unrolled_layers_are_computed_again_too():
+    """The compiler does not find what they computed before."""
+
+    def products(preset):
+        _, network, params, _ = tiny_model(options={"remat": preset, "unroll": 3}, **HEADS)
+        batch = packed(documents())
+        loss = lambda p: jnp.sum(hidden(network, p, batch))  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).compile().as_text().count(" dot(")
+
+    assert products("none") < products("full")
 
 
 @pytest.mark.parametrize("tied", [True, False])
