@@ -46,20 +46,22 @@ def next_token(logits_BV: jax.Array, draws: Draws):
     temperature_B1 = draws.temperature_B[:, None]
     scaled = lambda z_BV: z_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1.0)  # noqa: E731
 
-    def likely(logits_BV):
+    def likely(logits_BV, _):
         kept_BV = keep_likely(scaled(logits_BV), draws.top_k_B, draws.top_p_B)
         return draw(kept_BV, draws)
 
-    def any_token(logits_BV):
+    def any_token(logits_BV, _):
         return draw(scaled(logits_BV), draws)
 
     # What no row asks for is not done. The branches give tokens, no logits: those would be copied.
     limited = jnp.any((draws.top_k_B > 0) | (draws.top_p_B < 1.0))
     kind = jnp.where(limited, 2, jnp.any(temperature_B1 > 0).astype(jnp.int32))
     logits_BV = logits_BV.astype(jnp.float32)
-    token_B = jax.lax.switch(kind, (first_largest, any_token, likely), logits_BV)
     z_BV = scaled(logits_BV)
-    logp_BV = z_BV - jax.nn.logsumexp(z_BV, axis=-1, keepdims=True)
+    largest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)
+    token_B = jax.lax.switch(kind, (first_equal, any_token, likely), logits_BV, largest_B1)
+    below_BV = z_BV - largest_B1
+    logp_BV = below_BV - jnp.log(jnp.sum(jnp.exp(below_BV), axis=-1, keepdims=True))
     chosen_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B, chosen_B, logp_BV
 
@@ -83,7 +85,10 @@ def gumbel_noise(key: jax.Array, count: int) -> jax.Array:
 
 def first_largest(scores_BV) -> jax.Array:
     """As argmax, whose reduction of pairs takes XLA's CPU compiler six times as long."""
-    largest_B1 = jnp.max(scores_BV, axis=-1, keepdims=True)
+    return first_equal(scores_BV, jnp.max(scores_BV, axis=-1, keepdims=True))
+
+
+def first_equal(scores_BV, largest_B1) -> jax.Array:
     places_BV = jax.lax.broadcasted_iota(jnp.int32, scores_BV.shape, 1)
     return jnp.min(jnp.where(scores_BV >= largest_B1, places_BV, scores_BV.shape[1]), axis=-1)
 
