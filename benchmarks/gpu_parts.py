@@ -367,7 +367,8 @@ VARIANTS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "0.5B": [
         ("products", 0, {}),
         ("products", 0, {"documents": 8}),
-        ("products", 0, {"chunk": 32768}),
+        ("products", 0, {"chunk": 16384}),
+        ("products", 0, {"unroll": 1}),
         ("products", 0, {"deterministic": True}),
         ("products", 0, {"attention": "triton"}),
         ("none", 0, {}),
@@ -379,7 +380,7 @@ def train(size: str, s: Scale) -> Figures:
     for remat, number, changes in VARIANTS[size]:
         tokens = s.tokens[number]
         told = "".join(f", {name} {n}" for name, n in changes.items())
-        one = task(s, size, tokens, **{"remat": remat, **changes})
+        one = task(s, size, tokens, **{"remat": remat, "chunk": 4096, **changes})
         yield (
             f"train {size}; remat {remat}, {tokens} tokens a step{told}",
             partial(step_of, s, size, one),
