@@ -77,7 +77,7 @@ def medreason(task: Task, folder: Path | None) -> Work:
 
     from medreason_jax.generate.engine import Engine
     from medreason_jax.generate.sampling import Sampling
-    from medreason_jax.mesh import make_mesh, make_sharder, start_processes
+    from medreason_jax.mesh import make_mesh, make_sharder
     from medreason_jax.plan import memory_of
     from medreason_jax.qwen2.huggingface import import_params
     from medreason_jax.qwen2.load import make_compute
@@ -87,7 +87,6 @@ def medreason(task: Task, folder: Path | None) -> Work:
     from medreason_jax.train.program import lora_of, make_program, place_split
 
     sizes, config = read_sizes(task.fields), config_of(task)
-    start_processes(None, task.deterministic)
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     sharder = make_sharder(mesh, sizes.num_attention_heads, sizes.num_key_value_heads)
     how = {"remat": task.remat, "unroll": task.unroll, "attention": task.attention}

@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 M = TypeVar("M", bound=BaseModel)
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _layers(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("a number of layers, at least 1, or 'auto'")
+
+
+Unroll = Annotated[Literal["auto"] | int, BeforeValidator(_layers)]
 MomentType = Literal["float32", "bfloat16"]
 
 
@@ -153,9 +169,9 @@ class RunConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
     attention: Literal["auto", "xla", "splash", "mosaic", "triton"] = "auto"
-    deterministic: bool = False  # on GPUs: the same bits in every run, slower
+    deterministic: bool = False  # on GPUs: steps with the same bits in every run, slower
     remat: Literal["none", "products", "context+qkv", "context", "full"] = "products"
-    unroll: Positive | Literal["auto"] = "auto"  # layers that an iteration of the scan holds
+    unroll: Unroll = "auto"  # layers that an iteration of the scan holds
     head_chunk: Positive = 2048
     length: Positive
     accumulation: Positive = 1

@@ -46,19 +46,12 @@ ACTIVATION_AXES = {
 }
 
 
-DETERMINISTIC = "--xla_gpu_deterministic_ops"
-
-
-def start_processes(folder: Path | None = None, deterministic: bool = False) -> None:
+def start_processes(folder: Path | None = None) -> None:
     """Join the other processes of this program, when the launcher says there are any.
 
     Compiled programs are kept in `folder`/compile_cache, unless a place for them was set before or
-    no folder is given. With `deterministic` GPUs give the same bits in every run, if this is called
-    before the first use of a device; CPUs and TPUs always do.
+    no folder is given.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if deterministic and DETERMINISTIC not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((folder / "compile_cache").absolute()))
         # Also what compiles in less than the default second: decoding has many such programs.
@@ -88,17 +81,24 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-# Of a platform's programs that train. XLA's own rematerialization begins at a share of a GPU's
-# memory and then makes whole products again, to save next to nothing: what is kept for the
-# backward pass is `remat`'s to say.
-TRAINING_OPTIONS = {"gpu": {"xla_gpu_memory_limit_slop_factor": 1000}}
+# XLA's own rematerialization begins at a share of a GPU's memory and then makes whole products
+# again, to save next to nothing: what is kept for the backward pass is `remat`'s to say.
+REMATERIALIZATION = "xla_gpu_memory_limit_slop_factor"
 
 
-def training_options(mesh: Mesh) -> dict[str, int]:
-    """Compiler options of this platform's training programs, but for what XLA_FLAGS names."""
-    flags, platform = os.environ.get("XLA_FLAGS", ""), mesh.devices.flat[0].platform
-    options = TRAINING_OPTIONS.get(platform, {})
-    return {name: value for name, value in options.items() if name not in flags}
+def training_options(mesh: Mesh, deterministic: bool) -> dict[str, bool | int]:
+    """Compiler options of training programs on the mesh's platform; XLA_FLAGS goes before ours.
+
+    GPUs add with atomics, so that runs differ in their last bits, unless `deterministic`; for a GPU
+    that is not here XLA cannot compile that.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return {}
+    here = device in jax.devices()
+    options = {"xla_gpu_deterministic_ops": True} if deterministic and here else {}
+    ours = REMATERIALIZATION not in os.environ.get("XLA_FLAGS", "")
+    return options | ({REMATERIALIZATION: 1000} if ours else {})
 
 
 def batch_shards(mesh: Mesh) -> int:

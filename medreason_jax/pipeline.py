@@ -62,7 +62,7 @@ def run_recipe(recipe: RecipeConfig, controls: bool = False) -> dict[str, Any]:
     check_inputs(recipe, [*configs.values(), *compared])
     root.mkdir(parents=True, exist_ok=True)
     with run_lock(root):
-        start_processes(root, any(config.deterministic for config in configs.values()))
+        start_processes(root)
         keep_recipe(recipe, root, list(configs.values()))
         generate_data(recipe, root)
         make_base(recipe, root)

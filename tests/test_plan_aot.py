@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FLASH = "triton" if importlib.util.find_spec("tokamax") is None else "mosaic"
 COMPILER = {"v": "libtpu", "h": "jax_cuda13_plugin"}
 
 SFT_7B, CPT_72B = "huatuogpt_sft_7b", "preferred_medllm_cpt_72b"
@@ -46,8 +47,8 @@ def planned(stage: str, target: str, *changes: str) -> tuple[int, dict]:
     ("stage", "target", "changes", "kernel"),
     [
         (SFT_7B, "v5e:4x4", [], "splash"),
-        (SFT_7B, "h200:8", EIGHT_GPUS, "triton"),
-        (SFT_7B, "h200:1", ONE_GPU, "triton"),
+        (SFT_7B, "h200:8", EIGHT_GPUS, FLASH),
+        (SFT_7B, "h200:1", ONE_GPU, FLASH),
         (CPT_72B, "v5e:16x16", [], "splash"),
         (CPT_72B, "v5e:16x16", WHOLE, "splash"),
         (CPT_72B, "v5p:4x4x4", WHOLE_ON_64, "splash"),

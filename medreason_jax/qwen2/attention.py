@@ -246,16 +246,17 @@ def _mosaic_forward(q_BTNH, k_BSKH, v_BSKH, starts_BT):
     attend, _, mask = _tokamax()
     inputs = (q_BTNH, k_BSKH, v_BSKH)
     outputs = attend(*inputs, mask=mask(starts_BT), return_residuals=True)
-    context_BTNH, sums_BNT = jax.tree.map(lambda x: checkpoint_name(x, "context"), outputs)
-    return context_BTNH, (inputs, starts_BT, context_BTNH, sums_BNT)
+    named = jax.tree.map(lambda x: checkpoint_name(x, "context"), outputs)
+    context_BTNH, (largest_BNT, sum_BNT) = named
+    return context_BTNH, (inputs, starts_BT, context_BTNH, largest_BNT, sum_BNT)
 
 
 def _mosaic_backward(kept, d_context_BTNH):
-    inputs, starts_BT, context_BTNH, sums_BNT = kept
+    inputs, starts_BT, context_BTNH, largest_BNT, sum_BNT = kept
     attend, pull, mask = _tokamax()
     options = dict(attend.bind(*inputs, mask=mask(starts_BT)).kwargs)
     del options["return_residuals"]  # the rest is what the forward took it to mean
-    d = pull(tuple(sums_BNT), context_BTNH, d_context_BTNH, *inputs, **options)
+    d = pull((largest_BNT, sum_BNT), context_BTNH, d_context_BTNH, *inputs, **options)
     return d["q"], d["k"], d["v"], None
 
 
@@ -314,8 +315,6 @@ RESOLUTION = (
     Row("cpu", "xla"),
 )
 
-TOKAMAX = "Hopper GPUs have a faster kernel in tokamax: install medreason[gpu] on Python 3.12"
-
 
 def kernel_names(platform: str, head_dim: int, dtype: Any) -> dict[KernelName, str | None]:
     """The kernels of a platform, the first choice first, with their notes."""
@@ -329,9 +328,8 @@ def kernel_names(platform: str, head_dim: int, dtype: Any) -> dict[KernelName, s
     if not notes:
         known = sorted({row.platform for row in RESOLUTION})
         raise ValueError(f"no attention kernel for platform {platform!r}; allowed: {known}")
-    if "mosaic" in notes and importlib.util.find_spec("tokamax") is None:
-        del notes["mosaic"]
-        notes["triton"] = TOKAMAX
+    if importlib.util.find_spec("tokamax") is None:
+        notes.pop("mosaic", None)
     return notes
 
 
@@ -346,10 +344,10 @@ def choose_kernel(
     notes = kernel_names(platform, head_dim, dtype)
     name = next(iter(notes)) if requested == "auto" else requested
     if name not in notes:
-        reason = f"; {TOKAMAX}" if name == "mosaic" and TOKAMAX in notes.values() else ""
+        hint = "; it is tokamax's: install medreason[gpu] on Python 3.12" * (name == "mosaic")
         raise ValueError(
             f"attention: {name} does not run on {platform} with heads of {head_dim} in "
-            f"{jnp.dtype(dtype).name}; allowed: {['auto', *notes]}{reason}"
+            f"{jnp.dtype(dtype).name}; allowed: {['auto', *notes]}{hint}"
         )
     if name == "xla":
         return Kernel(name, xla_attention, None, notes[name])

@@ -166,9 +166,12 @@ def make_compute(
 
 def layers_at_once(unroll: Unroll, layers: int, platform: str) -> int:
     """Of the scan over layers. `auto` is all of them on a GPU, where a loop copies what each keeps
-    in and out of stacked arrays, up to as many as compile in a minute."""
+    in and out of stacked arrays, but of no more than UNROLLED."""
     if unroll == "auto":
         return layers if platform == "gpu" and layers <= UNROLLED else 1
     if layers % unroll:
-        raise ValueError(f"unroll={unroll} does not divide the model's {layers} layers")
+        allowed = ["auto", *(n for n in range(1, layers + 1) if layers % n == 0)]
+        raise ValueError(
+            f"unroll={unroll} does not divide the model's {layers} layers; allowed: {allowed}"
+        )
     return unroll

@@ -61,7 +61,7 @@ def write_slot(cache_BKSH, new_BKH, slots_B, layer=None):
 class Compute:
     """How the model runs: not what it computes.
 
-    `unroll` is how many layers one iteration of the scan holds.
+    `unroll` is how many layers one iteration of the scan holds; of all of them there is no loop.
     """
 
     dtype: Any = struct.field(pytree_node=False)

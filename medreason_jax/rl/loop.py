@@ -41,7 +41,7 @@ from medreason_jax.train.step import init_state, make_train_step
 
 def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     """Run (or go on with) PPO; iteration i is a function of (seed, i) and of the state."""
-    start_processes(config.folder, config.deterministic)
+    start_processes(config.folder)
     check_unchanged(config, config.folder / "config.yaml", config.accept_changes)
     finished = read_manifest(config.folder)
     if finished is not None:
@@ -73,9 +73,9 @@ def ppo_stage(config: PPOConfig) -> dict[str, Any]:
     critic = jax.device_put(critic, replicated(model.mesh))
     state = init_state({"policy": trainable, "critic": critic}, optimizer)
     objective = proximal_policy(policy, config.clip, config.value_clip, config.value_coef)
+    how = config.accumulation, config.deterministic
     step, warmup_step = (
-        make_train_step(objective, each, model.sharder, state, config.accumulation)
-        for each in (optimizer, warmup)
+        make_train_step(objective, each, model.sharder, state, *how) for each in (optimizer, warmup)
     )
     score_rollouts = make_rollout_scorer(policy, config.kl_coef, config.gamma, config.gae_lambda)
 

@@ -36,6 +36,7 @@ class Program:
     schedule: optax.Schedule
     sharder: Sharder
     accumulation: int
+    deterministic: bool
 
     def init(self, trainable: Params) -> TrainState:
         """The first state, on the mesh; `trainable` is given away."""
@@ -45,7 +46,12 @@ class Program:
 
     def step(self, state: TrainState):
         return make_train_step(
-            self.objective, self.optimizer, self.sharder, state, self.accumulation
+            self.objective,
+            self.optimizer,
+            self.sharder,
+            state,
+            self.accumulation,
+            self.deterministic,
         )
 
 
@@ -56,7 +62,8 @@ def make_program(config: TrainConfig, network: Network, sharder: Sharder, steps:
     else:
         objective = preference(policy, config.preference.beta, config.preference.alpha)
     optimizer, schedule = optimizer_of(config.optimizer, steps)
-    return Program(policy, objective, optimizer, schedule, sharder, config.accumulation)
+    how = config.accumulation, config.deterministic
+    return Program(policy, objective, optimizer, schedule, sharder, *how)
 
 
 def lora_of(config: LoraConfig | None) -> Lora | None:

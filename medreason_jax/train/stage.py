@@ -29,7 +29,7 @@ from medreason_jax.train.speed import Speed
 
 def train_stage(config: TrainConfig) -> dict[str, Any]:
     """Run (or go on with) the stage; returns its manifest."""
-    start_processes(config.folder, config.deterministic)
+    start_processes(config.folder)
     check_unchanged(config, config.folder / "config.yaml", config.accept_changes)
     finished = read_manifest(config.folder)
     if finished is not None:

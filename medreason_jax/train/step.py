@@ -29,6 +29,7 @@ def make_train_step(
     sharder: Sharder,
     state: TrainState,
     accumulation: int,
+    deterministic: bool = False,
 ):
     """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
 
@@ -37,6 +38,7 @@ def make_train_step(
 
     `batch` holds arrays [B, ...] with B a multiple of accumulation x batch shards. `frozen` takes
     no gradient. The update is skipped, and `halted` set, when loss or gradient are not finite.
+    `deterministic` asks GPUs for the same bits in every run, which CPUs and TPUs always give.
     """
 
     def split(x):
@@ -91,5 +93,5 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, None, batch_sharding(sharder.mesh)),
         out_shardings=(shardings, replicated(sharder.mesh)),
-        compiler_options=training_options(sharder.mesh),
+        compiler_options=training_options(sharder.mesh, deterministic),
     )

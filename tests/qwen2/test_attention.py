@@ -282,7 +282,7 @@ def test_tokamax_is_taken_in_bfloat16_where_it_is_installed(monkeypatch):
             choose("mosaic", jnp.float32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     kernel = choose("auto", jnp.bfloat16)
-    assert kernel.name == "triton" and "install medreason[gpu]" in kernel.note
+    assert kernel.name == "triton" and kernel.note is None
     with pytest.raises(ValueError, match="install medreason"):
         choose("mosaic", jnp.bfloat16)
 

@@ -5,6 +5,7 @@ What is compared are the gradients that the optimizer is given.
 
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 
 from medreason_jax.data.chat import Encoded
 from medreason_jax.data.packing import make_row
-from medreason_jax.mesh import path_name, put_batch
+from medreason_jax.mesh import path_name, put_batch, training_options
 from medreason_jax.qwen2.lora import Lora, Target, with_adapter
 from medreason_jax.train.objectives import Policy, language_modelling, preference
 from medreason_jax.train.program import make_policy, split_params
@@ -232,3 +233,17 @@ def test_preference_loss_equals_a_loop_over_pairs():
         margin = w - answer_logp(reference, chosen)[0] - l_ + answer_logp(reference, rejected)[0]
         losses.append(-float(jax.nn.log_sigmoid(0.1 * margin)) - w / max(n, 1))
     assert float(ours) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_compiler_options_of_training_are_a_gpus_alone(monkeypatch):
+    """XLA_FLAGS goes before ours; determinism is asked for where the device is."""
+    of = lambda device: SimpleNamespace(devices=np.array([device], object))  # noqa: E731
+    gpu, absent = (SimpleNamespace(platform="gpu", id=n) for n in (0, 1))
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    plain = {"xla_gpu_memory_limit_slop_factor": 1000}
+    assert training_options(of(SimpleNamespace(platform="tpu")), True) == {}
+    assert training_options(of(gpu), False) == training_options(of(absent), True) == plain
+    assert training_options(of(gpu), True) == {"xla_gpu_deterministic_ops": True} | plain
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_memory_limit_slop_factor=95")
+    assert training_options(of(gpu), False) == {}
