@@ -20,22 +20,31 @@ EIGHT_GPUS = ["mesh.fsdp=8", "mesh.tensor=1", "accumulation=16"]
 ONE_GPU = ["mesh.fsdp=1", "mesh.tensor=1", "accumulation=128"]
 
 
-def planned(stage: str, target: str, *changes: str) -> tuple[int, dict]:
-    """Exit code and record of `medreason plan`, in its own process: libtpu reads its environment
-    once."""
+def run_for(target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in its own process: libtpu reads its environment once."""
     module = COMPILER[target[0]]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed; extras plan and plan-gpu bring the compilers")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def found(target: str, program: str, *arguments: str) -> list[int]:
+    """The numbers of the line FOUND that a program prints."""
+    done = run_for(target, "-c", program, target, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    return [int(number) for number in line.split()[1:]]
+
+
+def planned(stage: str, target: str, *changes: str) -> tuple[int, dict]:
+    """Exit code and record of `medreason plan`."""
     sets = [part for change in changes for part in ("--set", change)]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "medreason_jax.cli", "plan"),
-            *(f"configs/stages/{stage}.yaml", "--target", target, "--json", *sets),
-        ],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        capture_output=True,
-        text=True,
+    done = run_for(
+        target,
+        *("-m", "medreason_jax.cli", "plan"),
+        *(f"configs/stages/{stage}.yaml", "--target", target, "--json", *sets),
     )
     assert done.returncode in (0, 1), done.stderr[-3000:]
     return done.returncode, json.loads(done.stdout)
@@ -78,14 +87,14 @@ STEP = """
 import sys
 from pathlib import Path
 from medreason_jax.targets import open_devices, parse_target, set_environment
-target = parse_target("h200:1")
+target = parse_target(sys.argv[1])
 set_environment(target)
 from medreason_jax.config import TrainConfig, load_yaml, validate
 from medreason_jax.plan import make_stage, read_model_sizes
 
 changes = ["mesh.fsdp=1", "mesh.tensor=1", "batch_rows=2", "accumulation=1", "length=4096"]
-changes += ["remat=products", "optimizer.nu_dtype=float32"]
-path = Path(sys.argv[1])
+changes += ["remat=products", "unroll=1", "optimizer.nu_dtype=float32"]
+path = Path(sys.argv[2])
 config = validate(TrainConfig, load_yaml(path, changes), str(path))
 stage = make_stage(config, read_model_sizes(Path("qwen2.5-7b"))[1], open_devices(target))
 text = stage.lower().compile().as_text()
@@ -96,17 +105,7 @@ print("FOUND", text.count("bf16[2,4096,3584]"), text.count(".remat"))
 @pytest.mark.aot
 @pytest.mark.timeout(900)
 def test_the_gpu_compiler_makes_no_product_again():
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("jax[cuda13] is not installed; extra plan-gpu brings the compiler")
-    done = subprocess.run(
-        [sys.executable, "-c", STEP, f"configs/stages/{SFT_7B}.yaml"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-    states, again = map(int, line.split()[1:])
+    states, again = found("h200:1", STEP, f"configs/stages/{SFT_7B}.yaml")
     assert states > 0 and again == 0
 
 
@@ -147,12 +146,5 @@ print("FOUND", len(sizes), max(sizes), chunk * D * 4)
 @pytest.mark.aot
 @pytest.mark.timeout(900)
 def test_a_loop_of_the_head_moves_at_most_one_chunk_on_a_tpu():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; make test-aot installs it")
-    done = subprocess.run(
-        [sys.executable, "-c", HEAD, "v5e:4x4"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-    count, largest, one_chunk = map(int, line.split()[1:])
+    count, largest, one_chunk = found("v5e:4x4", HEAD)
     assert count > 0 and largest <= one_chunk
